@@ -1,0 +1,1 @@
+"""PyTitans: neural memory that learns at test time."""
