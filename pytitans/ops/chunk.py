@@ -11,8 +11,8 @@ with weights that depend on the gates alone:
     E_ij = prod_{j<l<=i} momentum_l,   A_ij = prod_{j<l<=i} decay_l   (j <= i, else 0)
     G = A E diag(lr),   mu and beta the running products of momentum and decay,   phi = A mu
 
-A token that does not exist (`mask`) has lr 0, decay and momentum 1, and its row of E and mu left out
-of the sums that make G and phi: S is not added to M there. Axes: see `pytitans.shapes`.
+A token that does not exist (`mask`) has lr 0, decay and momentum 1, and its row of E and mu left
+out of the sums that make G and phi: S is not added to M there. Axes: see `pytitans.shapes`.
 """
 
 from typing import NamedTuple

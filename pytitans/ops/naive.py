@@ -40,8 +40,8 @@ class MemoryState(NamedTuple):
     M: the memory after the last token, one [B, H, in, out] weight per layer.
     S: its surprise, shaped like M. Untouched while momentum is switched off.
     anchor: M as it stood when the open chunk began: where the chunk's gradients are taken.
-    position: tokens already read of the open chunk, in [0, chunk_size): an int where all rows agree,
-        else one per row, [B].
+    position: tokens already read of the open chunk, in [0, chunk_size): an int where all rows
+        agree, else one per row, [B].
     """
 
     M: Weights

@@ -1,7 +1,7 @@
 """The exact per-token form of a linear memory: gradients at M_{t-1}, any tile.
 
 With u_t = k_t (outer) e_t and e_t = k_t M_{t-1} - v_t, the errors of a tile solve a triangular
-system whose weights are `ops.chunk`'s G one row down (G_s, beta_s, phi_s: before the token's write):
+system whose weights are `ops.chunk`'s G, beta and phi one row down, before the token's write:
 
     (I + G_s * (K K^T)) e = beta_s * (K M) + phi_s * (K S) - V
 
@@ -41,8 +41,8 @@ def online_memory(
     mask=None,
 ):
     """Same contract as `pytitans.ops.naive.naive_memory` with online=True; depth 1, no norm."""
-    (M,), (S,), _, _ = state
-    B, T, H, _ = q.shape
+    (M,), (S,), _, position = state
+    B, T = q.shape[:2]
     wide, narrow = M.dtype, q.dtype
     retrieved = []
     for begin in range(0, T, chunk_size):
@@ -69,4 +69,6 @@ def online_memory(
     out = torch.cat(retrieved, dim=2).transpose(1, 2)
     if mask is not None:
         out = out.masked_fill(~mask[..., None, None], 0.0)
-    return out, MemoryState((M,), (S,), (M,), 0)
+    alike = mask is None and isinstance(position, int)
+    position = 0 if alike else torch.zeros(B, dtype=torch.long, device=q.device)
+    return out, MemoryState((M,), (S,), (M,), position)
