@@ -1,0 +1,96 @@
+"""TitansCache: everything that outlives a call, of a size that does not grow with what was read."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from pytitans.state import map_state
+
+
+class TitansCacheLayer(CacheLayerMixin):
+    """One block's state, see `pytitans.blocks`; None before the first token."""
+
+    is_compileable = False
+    is_sliding = False
+
+    def __init__(self):
+        super().__init__()
+        self.state: Any = None
+        self.seen = 0
+
+    def update(self, *args, **kwargs):
+        raise NotImplementedError("a Titans block hands over its whole state: set `layer.state`")
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Nothing to prepare: blocks make their own first state."""
+
+    def get_seq_length(self) -> int:
+        return self.seen
+
+    def get_max_length(self) -> int:
+        return -1  # as transformers says "no limit"
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.seen + query_length, 0
+
+    def change(self, function) -> None:
+        self.state = map_state(function, self.state)
+
+    def reset(self) -> None:
+        self.state, self.seen = None, 0
+
+    def offload(self) -> None:
+        self.change(lambda x: x.to("cpu"))
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self.batch_select_indices(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self.change(lambda x: x.index_select(0, indices.to(x.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self.change(lambda x: x.repeat_interleave(repeats, 0))
+
+    def crop(self, *args, **kwargs) -> None:
+        raise ValueError("what a memory has read cannot be unread: fork the cache beforehand")
+
+
+class TitansCache(Cache):
+    """The states of a model's blocks after the tokens read so far.
+
+    >>> out = model(ids, use_cache=True)
+    >>> model(more_ids, past_key_values=out.past_key_values)  # reads on
+
+    Feeding a text in pieces through one cache equals feeding it whole.
+    """
+
+    def __init__(self, num_layers: int):
+        self.block_layers = [TitansCacheLayer() for _ in range(num_layers)]
+        super().__init__(layers=list(self.block_layers))
+
+    @property
+    def states(self) -> list[Any]:
+        return [layer.state for layer in self.block_layers]
+
+    def advance(self, states: list[Any], tokens: int) -> None:
+        """Takes the blocks' new states, `tokens` further on."""
+        for layer, state in zip(self.block_layers, states, strict=True):
+            layer.state = state
+            layer.seen += tokens
+
+    def fork(self) -> "TitansCache":
+        """A second cache that shares nothing: reading on with one leaves the other as it is."""
+        copy = TitansCache(len(self.block_layers))
+        copy.advance([map_state(torch.clone, s) for s in self.states], self.get_seq_length())
+        return copy
+
+    def detach(self) -> "TitansCache":
+        """The same states without their history: where back-propagation through time is cut."""
+        copy = TitansCache(len(self.block_layers))
+        copy.advance([map_state(torch.detach, s) for s in self.states], self.get_seq_length())
+        return copy
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self.block_layers[layer_idx].seen

@@ -1,0 +1,227 @@
+"""NeuralMemory: the long-term memory as a layer (Titans, sections 3.1 and 4.4).
+
+    q, k, v  linear, causal depthwise convolution, SiLU; q and k of norm 1
+    gates    linear on the input: one step size, momentum and decay per head and per memory layer
+    M_t      written and read by `pytitans.ops.neural_memory`; M_0 is learned per head
+    out      RMSNorm per head, a SiLU gate from the input, linear
+
+Nothing is kept on the module: the state goes in and comes out. Axes: see `pytitans.shapes`.
+"""
+
+import math
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pytitans.layers import RMSNorm, ShortConv
+from pytitans.ops import MemoryState, initial_state, neural_memory, retrieve
+
+GATE_FLOOR = 1e-4  # what a gate's sigmoid must exceed to open
+MOMENTUM_START = 0.8  # an untrained layer's momentum
+
+
+class LayerState(NamedTuple):
+    """What outlives a call of `NeuralMemory`: the memory, and the convolution's last tokens."""
+
+    memory: MemoryState
+    tail: Tensor  # [B, conv_size - 1, 3 D]
+
+
+class Closing(torch.autograd.Function):
+    """max(x, 0), whose gradient also passes below 0 where it would bring x back up.
+
+    A gate must be able to do exactly nothing, for millions of tokens; with relu's gradient a gate
+    that is closed everywhere could never learn to open.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.clamp(min=0)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return torch.where((x > 0) | (grad < 0), grad, 0)
+
+
+def closing_gate(logit: Tensor) -> Tensor:
+    """From exactly 0 (logit below -2.2) to almost 1: sigmoid(logit)^4, stretched under 0, clamped.
+
+    The fourth power makes steps of 1 / chunk_size and of 1 equally easy to learn.
+    """
+    return Closing.apply((1 + GATE_FLOOR) * logit.sigmoid().pow(4) - GATE_FLOOR)
+
+
+def closing_logit(value: float) -> float:
+    """The logit at which `closing_gate` has this value."""
+    s = ((value + GATE_FLOOR) / (1 + GATE_FLOOR)) ** 0.25
+    return math.log(s / (1 - s))
+
+
+class NeuralMemory(nn.Module):
+    """A memory of `num_heads` MLPs that are written and read, token by token, at test time.
+
+    >>> memory = NeuralMemory(64, num_heads=2, chunk_size=16)
+    >>> y, state = memory(torch.randn(1, 40, 64))  # and on: memory(more, state)
+    >>> y.shape
+    torch.Size([1, 40, 64])
+
+    Args:
+        dim: width of input and output; a multiple of num_heads.
+        num_heads: independent memories, each from and to dim / num_heads features.
+        depth: layers of each memory's MLP; 1 is a linear memory.
+        expansion: its hidden width over its input width (4 as in the paper).
+        chunk_size: tokens that share one gradient point; a part of the trained function.
+        activation: of the MLP, "silu" or "gelu".
+        norm: M(x) = x + LayerNorm(MLP(x)), the camera-ready's form, instead of MLP(x).
+        momentum, decay: False leaves the gate out (the paper's ablation).
+        conv_size: of the convolution on q, k and v; 0 leaves it out.
+        objective, online: see `pytitans.ops.neural_memory`.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        *,
+        depth: int = 2,
+        expansion: float = 4,
+        chunk_size: int = 64,
+        activation: str = "silu",
+        norm: bool = True,
+        momentum: bool = True,
+        decay: bool = True,
+        conv_size: int = 4,
+        objective: str = "l2",
+        online: bool = False,
+    ):
+        super().__init__()
+        if dim % num_heads:
+            raise ValueError(f"dim={dim} is not a multiple of num_heads={num_heads}")
+        if depth < 1:
+            raise ValueError(f"depth={depth} layers is no memory: use 1 to 4")
+        if chunk_size < 1:
+            raise ValueError(f"chunk_size={chunk_size} is not a number of tokens: use 1 or more")
+        self.dim, self.num_heads, self.head_dim = dim, num_heads, dim // num_heads
+        self.chunk_size, self.depth = chunk_size, depth
+        self.options = {"activation": activation, "objective": objective, "online": online}
+        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
+        self.conv = ShortConv(3 * dim, conv_size) if conv_size else None
+        self.gates = ["lr", *["momentum"] * momentum, *["decay"] * decay]
+        self.to_gates = nn.Linear(dim, len(self.gates) * num_heads * depth)
+        hidden = round(expansion * self.head_dim)
+        widths = [self.head_dim, *[hidden] * (depth - 1), self.head_dim]
+        self.M_0 = nn.ParameterList(torch.empty(num_heads, a, b) for a, b in pairwise(widths))
+        self.norm_weight = nn.Parameter(torch.empty(num_heads, self.head_dim)) if norm else None
+        self.norm_bias = nn.Parameter(torch.empty(num_heads, self.head_dim)) if norm else None
+        self.head_norm = RMSNorm(self.head_dim)
+        self.to_open = nn.Linear(dim, dim, bias=False)
+        self.out = nn.Linear(dim, dim, bias=False)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """M_0 answers a key of norm 1 with a value of about norm 1, as does LayerNorm's weight; the
+        gates start so that a chunk of one repeated key moves the memory at most once towards its
+        value (row sums of C about 1)."""
+        for W in self.M_0:
+            nn.init.normal_(W, std=self.head_dim**-0.5)
+        if self.norm is not None:
+            nn.init.constant_(self.norm_weight, self.head_dim**-0.5)
+            nn.init.zeros_(self.norm_bias)
+        if self.conv is not None:
+            nn.init.zeros_(self.conv.weight)
+            nn.init.ones_(self.conv.weight[-1])
+        nn.init.zeros_(self.to_gates.weight)
+        has_momentum = "momentum" in self.gates
+        step = ((1 - MOMENTUM_START) if has_momentum else 1) / self.chunk_size
+        start = {
+            "lr": closing_logit(step),
+            "momentum": math.log(MOMENTUM_START / (1 - MOMENTUM_START)),
+            "decay": closing_logit(1e-2),
+        }
+        with torch.no_grad():
+            bias = torch.tensor([start[name] for name in self.gates])
+            self.to_gates.bias.copy_(bias.repeat_interleave(self.num_heads * self.depth))
+
+    def initial_state(self, batch_size: int = 1) -> LayerState:
+        """The state before a sequence's first token: M_0, no surprise, no tokens."""
+        M = tuple(W.expand(batch_size, *W.shape) for W in self.M_0)
+        reach = self.conv.weight.shape[0] - 1 if self.conv is not None else 0
+        tail = self.qkv.weight.new_zeros(batch_size, reach, 3 * self.dim)
+        return LayerState(initial_state(M), tail)
+
+    def forward(
+        self, x: Tensor, state: LayerState | None = None, lengths: Tensor | None = None
+    ) -> tuple[Tensor, LayerState]:
+        """Writes x [B, T, dim] into the memory and returns what each token retrieves, and the state.
+
+        Each token sees its own write (eq. 15 after eqs. 13-14). `lengths` [B]: tokens of each row
+        that exist; those after them write nothing.
+        """
+        if state is None:
+            state = self.initial_state(x.shape[0])
+        features, tail = self.convolve(self.qkv(x), state.tail, lengths)
+        q, k, v = features.unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(2)
+        mask = None
+        if lengths is not None:
+            mask = torch.arange(x.shape[1], device=x.device) < lengths[:, None]
+        retrieved, memory = neural_memory(
+            unit(q), unit(k), v, *self.gate_values(x), state.memory,
+            chunk_size=self.chunk_size, norm=self.norm, mask=mask, **self.options,
+        )  # fmt: skip
+        return self.answer(retrieved, x), LayerState(memory, tail)
+
+    @property
+    def norm(self) -> tuple[Tensor, Tensor] | None:
+        if self.norm_weight is None or self.norm_bias is None:
+            return None
+        return self.norm_weight, self.norm_bias
+
+    def convolve(self, features, tail, lengths):
+        if self.conv is None:
+            return F.silu(features), tail
+        return self.conv(features, tail, lengths)
+
+    def queries(
+        self, x: Tensor, tail: Tensor | None, lengths: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Queries alone [B, T, H, K], for reading without writing, and the convolution's tail."""
+        features = F.linear(x, self.qkv.weight[: self.dim])
+        if self.conv is None:
+            q, tail = F.silu(features), features[:, :0]
+        else:
+            q, tail = self.conv(features, tail, lengths, slice(self.dim))
+        return unit(q.unflatten(-1, (self.num_heads, self.head_dim))), tail
+
+    def read(self, q: Tensor, x: Tensor, state: MemoryState) -> Tensor:
+        """What the memory answers to `queries` of x, without writing (eq. 21)."""
+        activation = self.options["activation"]
+        return self.answer(retrieve(q, state, activation=activation, norm=self.norm), x)
+
+    def answer(self, retrieved: Tensor, x: Tensor) -> Tensor:
+        """[B, T, H, V] -> [B, T, dim]: normalised per head, gated by the input, mixed."""
+        y = self.head_norm(retrieved).flatten(2)
+        return self.out(y * F.silu(self.to_open(x)))
+
+    def gate_values(self, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """lr, log_momentum and log_decay [B, T, H, L] in float32; None where left out."""
+        with torch.autocast(x.device.type, enabled=False):
+            weight = self.to_gates.weight
+            logits = F.linear(x.to(weight.dtype), weight, self.to_gates.bias)
+        shape = (len(self.gates), self.num_heads, self.depth)
+        by_name = dict(zip(self.gates, logits.unflatten(-1, shape).unbind(2), strict=True))
+        momentum, decay = by_name.get("momentum"), by_name.get("decay")
+        return (
+            closing_gate(by_name["lr"]),
+            None if momentum is None else F.logsigmoid(momentum),
+            None if decay is None else torch.log1p(-(1 - GATE_FLOOR) * closing_gate(decay)),
+        )
+
+
+def unit(x: Tensor) -> Tensor:
+    """x over its norm, in its own dtype; the norm in float32."""
+    return F.normalize(x.float() if x.dtype.itemsize < 4 else x, dim=-1, eps=1e-6).to(x.dtype)

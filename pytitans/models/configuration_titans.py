@@ -1,0 +1,84 @@
+"""TitansConfig: the shape of a Titans model, in Hugging Face's names."""
+
+from typing import Literal
+
+from huggingface_hub.dataclasses import strict
+from transformers import AutoConfig, PreTrainedConfig
+
+VARIANTS = ("mac", "mag", "mal", "lmm")
+
+
+@strict
+class TitansConfig(PreTrainedConfig):
+    """Configuration of `TitansModel` and its heads.
+
+    >>> TitansConfig(variant="mag", hidden_size=128, num_attention_heads=4, window=256)
+
+    Args:
+        variant: "mac" (memory as a context), "mag" (as a gate), "mal" (as a layer), "lmm" (alone).
+        vocab_size: 258 is the byte tokenizer's: 256 bytes, then <bos>/<eos> and <pad>.
+        hidden_size, num_hidden_layers, num_attention_heads, intermediate_size: as in Llama. Heads
+            are also the memory's: each has a memory of its own.
+        memory_depth: layers of the memory's MLP, 1 (linear) to 4. Paper: 2.
+        memory_expansion: its hidden width over its input width. Paper: 4.
+        memory_activation: "silu" or "gelu" (the paper's camera-ready; slower on CPUs).
+        memory_norm: M(x) = x + LayerNorm(MLP(x)) instead of MLP(x).
+        memory_momentum, memory_decay: False leaves them out (the paper's ablation).
+        conv_size: of the convolution on the memory's q, k, v; 0 leaves it out.
+        chunk_size: tokens that share one gradient point of the memory: part of the trained function.
+        segment_len: MAC's attention span. window: MAG's and MAL's attention reach.
+        num_persistent: learned tokens that every token sees.
+    """
+
+    model_type = "titans"
+    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012 - the parent's declaration
+
+    variant: str = "mac"
+    vocab_size: int = 258
+    hidden_size: int = 256
+    num_hidden_layers: int = 4
+    num_attention_heads: int = 4
+    intermediate_size: int = 512
+    memory_depth: int = 2
+    memory_expansion: int | float = 4
+    memory_activation: Literal["silu", "gelu"] = "silu"
+    memory_norm: bool = True
+    memory_momentum: bool = True
+    memory_decay: bool = True
+    conv_size: int = 4
+    chunk_size: int = 64
+    segment_len: int = 128
+    window: int = 128
+    num_persistent: int = 4
+    rope_theta: int | float = 10_000.0
+    rms_norm_eps: int | float = 1e-6
+    initializer_range: int | float = 0.02
+    tie_word_embeddings: bool = True
+    use_cache: bool = True
+    bos_token_id: int | None = 256
+    eos_token_id: int | None = 256
+    pad_token_id: int | None = 257
+
+    def validate_titans(self):
+        """Every number a model is built from, checked before anything is built."""
+        if self.variant not in VARIANTS:
+            raise ValueError(f"variant={self.variant!r} is unknown: choose one of {VARIANTS}")
+        for name in (
+            "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
+            "intermediate_size", "memory_depth", "chunk_size", "segment_len", "window",
+        ):  # fmt: skip
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be 1 or more")
+        if self.hidden_size % (4 * self.num_attention_heads):
+            raise ValueError(
+                f"hidden_size={self.hidden_size} must be a multiple of 4 times "
+                f"num_attention_heads={self.num_attention_heads}"
+            )
+        if self.num_persistent < 0 or self.conv_size < 0 or self.memory_expansion <= 0:
+            raise ValueError(
+                "num_persistent and conv_size must be 0 or more and memory_expansion above 0; got "
+                f"{self.num_persistent}, {self.conv_size} and {self.memory_expansion}"
+            )
+
+
+AutoConfig.register("titans", TitansConfig, exist_ok=True)

@@ -1,0 +1,245 @@
+"""Titans as Hugging Face models: TitansModel and TitansForCausalLM.
+
+Embedding, blocks (`pytitans.blocks`) each followed by SwiGLU, a final norm, tied logits. All state
+is in the `TitansCache` that goes in and comes out.
+"""
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers import initialization as init
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+
+from pytitans.attention import SegmentAttention, WindowAttention
+from pytitans.blocks import LMM, MAC, MAG, MAL, Block
+from pytitans.cache import TitansCache
+from pytitans.layers import RMSNorm, ShortConv, SwiGLU
+from pytitans.memory import NeuralMemory
+from pytitans.models.configuration_titans import TitansConfig
+
+
+def build_block(config: TitansConfig) -> Block:
+    """The block of `config.variant`."""
+    dim, heads = config.hidden_size, config.num_attention_heads
+    memory = NeuralMemory(
+        dim,
+        heads,
+        depth=config.memory_depth,
+        expansion=config.memory_expansion,
+        chunk_size=config.chunk_size,
+        activation=config.memory_activation,
+        norm=config.memory_norm,
+        momentum=config.memory_momentum,
+        decay=config.memory_decay,
+        conv_size=config.conv_size,
+    )
+    if config.variant == "lmm":
+        return LMM(dim, memory, config.num_persistent)
+    if config.variant == "mac":
+        segment = SegmentAttention(dim, heads, config.rope_theta)
+        return MAC(dim, memory, segment, config.num_persistent, config.segment_len)
+    window = WindowAttention(dim, heads, config.window, config.rope_theta)
+    kind = {"mag": MAG, "mal": MAL}[config.variant]
+    return kind(dim, memory, window, config.num_persistent)
+
+
+class TitansLayer(GradientCheckpointingLayer):
+    """A block and its feed-forward layer, both residual."""
+
+    def __init__(self, config: TitansConfig):
+        super().__init__()
+        self.block = build_block(config)
+        self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = SwiGLU(config.hidden_size, config.intermediate_size)
+
+    def forward(self, x: Tensor, state=None, lengths: Tensor | None = None):
+        x, state = self.block(x, state, lengths)
+        return x + self.mlp(self.mlp_norm(x)), state
+
+
+class TitansPreTrainedModel(PreTrainedModel):
+    config: TitansConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["TitansLayer"]  # noqa: RUF012 - the parent's declaration
+    _is_stateful = True
+    _supports_sdpa = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """Llama's: normal with `initializer_range`, norms 1; the memory's own for its gates and M_0."""
+        if isinstance(module, NeuralMemory):
+            module.reset_parameters()
+        elif isinstance(module, nn.Linear) and not module.bias is not None:
+            init.normal_(module.weight, std=self.config.initializer_range)
+        elif isinstance(module, nn.Embedding):
+            init.normal_(module.weight, std=self.config.initializer_range)
+        elif isinstance(module, nn.RMSNorm):
+            init.ones_(module.weight)
+        elif isinstance(module, ShortConv):
+            init.zeros_(module.weight)
+            init.ones_(module.weight[-1])
+        elif isinstance(module, Block):
+            init.normal_(module.persistent, std=self.config.initializer_range)
+
+
+class TitansModel(TitansPreTrainedModel):
+    """The blocks: tokens, or any vectors (`inputs_embeds`), to hidden states.
+
+    Rows of a batch may be padded anywhere (`attention_mask`): a padded token changes nothing.
+    """
+
+    def __init__(self, config: TitansConfig):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(TitansLayer(config) for _ in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: TitansCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPast:
+        """input_ids [B, T] or inputs_embeds [B, T, hidden_size]; attention_mask [B, T], or
+        [B, read + T] with a cache, 0 where a token does not exist."""
+        x = self.embed(input_ids, inputs_embeds)
+        if use_cache is None:
+            use_cache = self.config.use_cache and not self.training
+        cache = past_key_values
+        if cache is None:
+            cache = TitansCache(len(self.layers))
+        order, lengths = self.real_tokens_first(attention_mask, x)
+        x = x if order is None else take(x, order)
+        states, hidden = [], [x]
+        for layer, state in zip(self.layers, cache.states, strict=True):
+            x, state = layer(x, state, lengths)
+            states.append(state)
+            hidden.append(x)
+        hidden[-1] = x = self.norm(x)
+        if use_cache or past_key_values is not None:
+            cache.advance(states, x.shape[1])
+        if order is not None:
+            back = order.argsort(dim=1)
+            x, hidden = take(x, back), [take(h, back) for h in hidden]
+        return BaseModelOutputWithPast(
+            last_hidden_state=x,
+            past_key_values=cache if use_cache or past_key_values is not None else None,
+            hidden_states=tuple(hidden) if output_hidden_states else None,
+        )
+
+    def embed(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give either input_ids or inputs_embeds")
+        if inputs_embeds is not None:
+            if inputs_embeds.ndim != 3 or inputs_embeds.shape[-1] != self.config.hidden_size:
+                raise ValueError(
+                    f"inputs_embeds is [B, T, {self.config.hidden_size}]; "
+                    f"got {tuple(inputs_embeds.shape)}"
+                )
+            if inputs_embeds.isnan().any():
+                raise ValueError("inputs_embeds holds NaN: fill or drop the missing values")
+            return inputs_embeds
+        if input_ids.ndim != 2:
+            raise ValueError(f"input_ids is [B, T]; got {tuple(input_ids.shape)}")
+        return self.embed_tokens(input_ids)
+
+    def real_tokens_first(self, mask: Tensor | None, x: Tensor):
+        """The order that puts each row's existing tokens first, and their number; None, None if all
+        exist. Padding on any side then is padding on the right, which touches nothing."""
+        if mask is None:
+            return None, None
+        if mask.shape[0] != x.shape[0] or mask.shape[1] < x.shape[1]:
+            raise ValueError(
+                f"attention_mask {tuple(mask.shape)} does not cover the tokens {tuple(x.shape[:2])}"
+            )
+        real = mask[:, -x.shape[1] :].bool()
+        if real.all():
+            return None, None
+        return (~real).long().argsort(dim=1, stable=True), real.sum(1)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embed_tokens
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.embed_tokens = value
+
+
+def take(x: Tensor, order: Tensor) -> Tensor:
+    """Tokens of [B, T, D] in the order [B, T]."""
+    return x.gather(1, order[..., None].expand(-1, -1, x.shape[-1]))
+
+
+class TitansForCausalLM(TitansPreTrainedModel, GenerationMixin):
+    """A language model: logits of the next token, the loss where `labels` are given.
+
+    >>> model = TitansForCausalLM(TitansConfig(variant="mac"))
+    >>> model(input_ids=ids, labels=ids).loss
+    """
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012 - as above
+
+    def __init__(self, config: TitansConfig):
+        super().__init__(config)
+        self.model = TitansModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: TitansCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs,
+    ) -> CausalLMOutputWithPast:
+        """As `TitansModel.forward`. labels [B, T]: the tokens themselves, -100 where no loss is
+        taken; logits_to_keep: only the last so many (0: all)."""
+        out = self.model(
+            input_ids,
+            attention_mask,
+            past_key_values,
+            inputs_embeds,
+            use_cache=use_cache,
+            output_hidden_states=output_hidden_states,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(out.last_hidden_state[:, kept])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits, labels, self.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=out.past_key_values,
+            hidden_states=out.hidden_states,
+        )
+
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
+        given = model_kwargs.get("past_key_values")
+        if given is not None or generation_config.use_cache is False:
+            return super()._prepare_cache_for_generation(
+                generation_config, model_kwargs, *args, **kwargs
+            )
+        kind = generation_config.cache_implementation
+        if kind not in (None, "dynamic"):
+            raise ValueError(
+                f"cache_implementation={kind!r} does not hold a memory: leave it out, "
+                "a TitansCache has constant size already"
+            )
+        model_kwargs["past_key_values"] = TitansCache(self.config.num_hidden_layers)
+
+
+AutoModel.register(TitansConfig, TitansModel, exist_ok=True)
+AutoModelForCausalLM.register(TitansConfig, TitansForCausalLM, exist_ok=True)

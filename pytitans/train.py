@@ -1,0 +1,299 @@
+"""Training any Hugging Face causal model on text, on `transformers.Trainer`.
+
+AdamW (0.9, 0.95) with weight decay on matrices only, cosine schedule with warm-up, clipped gradients,
+bf16 autocast where the hardware has it. Steps are the unit: runs of equal steps, batch and length see the
+same windows of text in the same order, whatever the model.
+"""
+
+import copy
+import json
+import math
+import os
+import platform
+import shlex
+import signal
+import statistics
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import transformers
+from torch.utils.data import Dataset
+from transformers import (
+    EvalPrediction,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerState,
+    TrainingArguments,
+    default_data_collator,
+)
+from transformers.trainer_utils import get_last_checkpoint
+
+from pytitans.data.text import TextData, head, load_text
+from pytitans.data.tokenizers import check_vocabulary
+from pytitans.data.windows import DrawnWindows, ScoredWindows, tokenize
+from pytitans.evaluate import window_nll
+from pytitans.report import Progress, plot_losses
+
+FACTS = "run.json"
+CURVE = "loss.png"
+
+
+@dataclass
+class TrainArguments(TrainingArguments):
+    """Hugging Face's TrainingArguments with this project's defaults and two options more.
+
+    Args:
+        output_dir: Where checkpoints, the model, logs and the loss curve go; runs/VARIANT if not given.
+        max_steps: Optimizer steps.
+        max_minutes: Minutes of training, instead of max_steps: a few steps are timed, and as many
+            are planned as fit, so that the schedule ends in time.
+        eval_bytes: UTF-8 bytes of the validation text that are scored at each evaluation.
+        bf16: bf16 autocast; if not given, where the hardware has bf16 matmuls.
+    """
+
+    output_dir: str | None = None
+    max_steps: int = 600
+    max_minutes: float | None = None
+    eval_bytes: int = 400_000
+    per_device_train_batch_size: int = 8
+    per_device_eval_batch_size: int = 8
+    learning_rate: float = 2e-3
+    lr_scheduler_type: str = "cosine"
+    warmup_steps: float = 50
+    weight_decay: float = 0.1
+    adam_beta2: float = 0.95
+    max_grad_norm: float = 1.0
+    bf16: bool | None = None
+    eval_strategy: str = "steps"
+    eval_steps: float | None = 0.1
+    save_steps: float = 0.25
+    save_total_limit: int | None = 2
+    logging_steps: float = 0.02
+    report_to: None | str | list[str] = "tensorboard"
+    disable_tqdm: bool | None = True
+    seed: int = 0
+
+    def __post_init__(self):
+        if self.max_minutes is None and self.max_steps < 1:
+            raise ValueError(f"max_steps={self.max_steps}: train for 1 step or more")
+        if self.max_minutes is not None and self.max_minutes <= 0:
+            raise ValueError(f"max_minutes={self.max_minutes}: give a time above 0")
+        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()  # asked for by bf16
+        if self.bf16 is None:
+            self.bf16 = not self.fp16 and has_bf16(self.use_cpu)
+        super().__post_init__()
+
+
+def has_bf16(use_cpu: bool) -> bool:
+    """Whether bf16 matmuls are faster than float32 ones here."""
+    if torch.cuda.is_available() and not use_cpu:
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def train(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    data: TextData,
+    args: TrainArguments,
+    *,
+    resume: bool = False,
+) -> dict[str, Any]:
+    """Trains the model and saves it with its tokenizer, `run.json` and `loss.png` in args.output_dir.
+
+    With `resume` the run in output_dir goes on from its last checkpoint, to the same weights, bit for bit, that it
+    would have had without the stop. Returns what `run.json` holds. Raises KeyboardInterrupt, with a
+    checkpoint saved, when stopped by Ctrl-C or a SIGTERM; ValueError for bad input, before training.
+    """
+    check_vocabulary(tokenizer, model.config.get_text_config().vocab_size)
+    checkpoint = checkpoint_to_resume(args, resume)
+    texts = load_text(data, ("train", "validation"))
+    length = data.sequence_length
+    text = tokenize(tokenizer, texts["train"], length)
+    held_out = tokenize(tokenizer, head(texts["validation"], args.eval_bytes), length)
+    args.max_steps = planned_steps(
+        model, args, DrawnWindows(text, length, 64, args.seed), checkpoint
+    )
+    sequences = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    bits = text.tokens / text.bytes / math.log(2)
+    progress = Progress(bits, sequences * length)
+    stop = StopOnSignal()
+    trainer = TextTrainer(
+        model=model,
+        args=args,
+        train_dataset=DrawnWindows(text, length, args.max_steps * sequences, args.seed),
+        eval_dataset=ScoredWindows(held_out, length),
+        processing_class=tokenizer,
+        data_collator=default_data_collator,
+        compute_metrics=lambda scored: {"bits_per_byte": bits_per_byte(scored, held_out.bytes)},
+        preprocess_logits_for_metrics=nll_of_outputs,
+        callbacks=[progress, KeepCacheOn(), stop],
+    )
+    trainer.remove_callback(PrinterCallback)
+    began = time.perf_counter()
+    with stop.listening():
+        trainer.train(resume_from_checkpoint=checkpoint)
+    if stop.asked:
+        raise KeyboardInterrupt
+    facts = {
+        "command": shlex.join(sys.argv),
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "steps": trainer.state.global_step,
+        "train_tokens": trainer.state.global_step * sequences * length,
+        "tokens_per_second": round(progress.tokens_per_second, 1),
+        "seconds": round(time.perf_counter() - began, 1),
+        "bits_per_byte": last_metric(trainer.state, "eval_bits_per_byte"),
+        "eval_bytes": held_out.bytes,
+        "train_bytes": text.bytes,
+        "seed": args.seed,
+        "bf16": args.bf16,
+        "processes": args.world_size,
+        "data": asdict(data),
+        "model": model.config.to_diff_dict(),
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+    }
+    save(trainer, facts, bits)
+    return facts
+
+
+class TextTrainer(Trainer):
+    """The Trainer with windows in their order and weight decay on matrices alone."""
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None):
+        return torch.utils.data.SequentialSampler(train_dataset or self.train_dataset)  # type: ignore
+
+    def get_decay_parameter_names(self, model) -> list[str]:
+        return [name for name, weight in model.named_parameters() if weight.ndim > 1]
+
+
+class KeepCacheOn(TrainerCallback):
+    """Undoes the `use_cache: false` that the Trainer leaves in a checkpoint's configuration."""
+
+    def on_save(self, args, state, control, **kwargs):
+        path = Path(args.output_dir or "", f"checkpoint-{state.global_step}", "config.json")
+        if state.is_world_process_zero and path.exists():
+            path.write_text(
+                json.dumps(json.loads(path.read_text()) | {"use_cache": True}, indent=2)
+            )
+
+
+class StopOnSignal(TrainerCallback):
+    """Ends training after the current step, with a checkpoint, on SIGINT or SIGTERM to any process."""
+
+    def __init__(self):
+        self.asked = False
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Handles the signals within; a second one then acts as usual. Main thread only."""
+        before = {}
+
+        def ask(number, frame):
+            self.asked = True
+            signal.signal(number, before[number])
+
+        for number in (signal.SIGINT, signal.SIGTERM):
+            before[number] = signal.signal(number, ask)
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.asked = agreed(self.asked, args)
+        if self.asked:
+            control.should_save = control.should_training_stop = True
+            control.should_evaluate = False
+
+
+def agreed(value: float, args: TrainingArguments) -> float:
+    """The largest value among the processes."""
+    if args.world_size == 1:
+        return value
+    shared = torch.tensor(float(value), device=args.device)
+    dist.all_reduce(shared, dist.ReduceOp.MAX)
+    return shared.item()
+
+
+def checkpoint_to_resume(args: TrainArguments, resume: bool) -> str | None:
+    """The last checkpoint in output_dir if resuming; otherwise output_dir must not hold a run."""
+    folder = args.output_dir or ""
+    last = get_last_checkpoint(folder) if os.path.isdir(folder) else None
+    if resume and last is None:
+        raise ValueError(
+            f"{folder!r} holds no checkpoint to resume from: start it without --resume"
+        )
+    if not resume and last is not None:
+        raise ValueError(
+            f"{folder!r} holds a run already: choose another --output, continue it by "
+            f"--resume {folder}, or delete it"
+        )
+    return last
+
+
+def planned_steps(model, args: TrainArguments, windows: Dataset, checkpoint: str | None) -> int:
+    """max_steps, or as many as fit in max_minutes; a resumed run keeps its plan."""
+    if args.max_minutes is None:
+        return args.max_steps
+    if checkpoint is not None:
+        return TrainerState.load_from_json(f"{checkpoint}/trainer_state.json").max_steps
+    return max(1, int(args.max_minutes * 60 / agreed(seconds_per_step(model, args, windows), args)))
+
+
+def seconds_per_step(model, args: TrainArguments, windows: Dataset, steps: int = 5) -> float:
+    """The median time of a training step, on a copy of the model; its first two are not counted."""
+    with torch.random.fork_rng():
+        trial = copy.deepcopy(model).to(args.device).train()
+        optimizer = torch.optim.AdamW(trial.parameters(), lr=0.0)
+        rows = [windows[i] for i in range(args.train_batch_size)]
+        batch = {k: v.to(args.device) for k, v in default_data_collator(rows).items()}
+        times = []
+        for _ in range(2 + steps):
+            began = time.perf_counter()
+            for _ in range(args.gradient_accumulation_steps):
+                with torch.autocast(args.device.type, torch.bfloat16, enabled=bool(args.bf16)):
+                    loss = trial(**batch, use_cache=False).loss
+                loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            loss.item()  # waits for the device
+            times.append(time.perf_counter() - began)
+    return statistics.median(times[2:])
+
+
+def nll_of_outputs(logits, labels):
+    """What the Trainer is to keep of an evaluation's outputs: one number for each window."""
+    return window_nll(logits[0] if isinstance(logits, tuple) else logits, labels)
+
+
+def bits_per_byte(scored: EvalPrediction, size: int) -> float:
+    return float(scored.predictions.astype("float64").sum()) / math.log(2) / size
+
+
+def last_metric(state: TrainerState, name: str) -> float | None:
+    return next((log[name] for log in reversed(state.log_history) if name in log), None)
+
+
+def save(trainer: Trainer, facts: dict[str, Any], bits: float) -> None:
+    """The model, its tokenizer, the facts and the loss curve, in the run's folder."""
+    folder = Path(trainer.args.output_dir or "")
+    trainer.model.config.use_cache = True
+    trainer.save_model()
+    if trainer.is_world_process_zero():
+        (folder / FACTS).write_text(json.dumps(facts, indent=2, default=str))
+        plot_losses(trainer.state.log_history, bits, folder / CURVE)
