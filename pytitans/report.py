@@ -1,5 +1,6 @@
 """What a person sees of a run: the bar while it trains, the loss curve when it is over."""
 
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,13 +20,14 @@ class Progress(TrainerCallback):
 
     def __init__(self, bits: float, tokens_per_step: int):
         self.bits, self.tokens_per_step = bits, tokens_per_step
-        self.seconds, self.steps = 0.0, 0
+        self.seconds: list[float] = []  # of each step; evaluation and saving are not in them
         self.bar: tqdm | None = None
 
     @property
     def tokens_per_second(self) -> float:
-        """The pace of training itself; the first step, which warms up, is left out if there are more."""
-        return self.steps * self.tokens_per_step / self.seconds if self.seconds else 0.0
+        """The mean pace of the steps; the first, which warms up, counts only while it is alone."""
+        seconds = self.seconds[1:] or self.seconds
+        return len(seconds) * self.tokens_per_step / sum(seconds) if seconds else 0.0
 
     def on_train_begin(self, args: TrainingArguments, state, control, **kwargs):
         self.bar = tqdm(
@@ -34,7 +36,7 @@ class Progress(TrainerCallback):
             desc="training",
             unit="step",
             dynamic_ncols=True,
-            mininterval=0.5,
+            mininterval=0.5 if sys.stderr.isatty() else 15,
             disable=not state.is_world_process_zero,
         )
 
@@ -42,11 +44,7 @@ class Progress(TrainerCallback):
         self.began = time.perf_counter()
 
     def on_step_end(self, args, state, control, **kwargs):
-        elapsed = time.perf_counter() - self.began
-        if self.steps == 1 and self.first:
-            self.seconds, self.steps = 0.0, 0
-        self.first = self.steps == 0 and self.seconds == 0.0
-        self.seconds, self.steps = self.seconds + elapsed, self.steps + 1
+        self.seconds.append(time.perf_counter() - self.began)
         if self.bar is not None:
             self.bar.update()
 

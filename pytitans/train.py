@@ -64,7 +64,7 @@ class TrainArguments(TrainingArguments):
     output_dir: str | None = None
     max_steps: int = 600
     max_minutes: float | None = None
-    eval_bytes: int = 400_000
+    eval_bytes: int = 200_000
     per_device_train_batch_size: int = 8
     per_device_eval_batch_size: int = 8
     learning_rate: float = 2e-3
@@ -75,7 +75,7 @@ class TrainArguments(TrainingArguments):
     max_grad_norm: float = 1.0
     bf16: bool | None = None
     eval_strategy: str = "steps"
-    eval_steps: float | None = 0.1
+    eval_steps: float | None = 0.2
     save_steps: float = 0.25
     save_total_limit: int | None = 2
     logging_steps: float = 0.02

@@ -3,7 +3,8 @@
 from typing import Literal
 
 from huggingface_hub.dataclasses import strict
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import PreTrainedConfig
+from transformers.models.auto.configuration_auto import AutoConfig
 
 VARIANTS = ("mac", "mag", "mal", "lmm")
 

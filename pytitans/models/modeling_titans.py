@@ -6,10 +6,11 @@ is in the `TitansCache` that goes in and comes out.
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.models.auto.modeling_auto import AutoModel, AutoModelForCausalLM
 
 from pytitans.attention import SegmentAttention, WindowAttention
 from pytitans.blocks import LMM, MAC, MAG, MAL, Block

@@ -58,7 +58,7 @@ def neural_memory(
     Args:
         q, k: queries and keys [B, T, H, K]; a step of lr is stable on keys of norm 1.
         v: values [B, T, H, V].
-        lr: step size >= 0, [B, T, H] or one for each layer of the memory [B, T, H, L]; None: no step.
+        lr: step size >= 0, [B, T, H], or one for each memory layer, [B, T, H, L]; None: no step.
         log_momentum: log of the factor on S, <= 0, likewise; None: no momentum.
         log_decay: log of the factor on M, <= 0, likewise; None: nothing is forgotten.
         state: where to go on from; `initial_state(M)` for a sequence's start.
@@ -84,15 +84,16 @@ def neural_memory(
     if q.shape[1] == 0:
         return v.new_zeros(v.shape), state
     op = choose(backend, online)
-    return op(
-        q, k, v, lr, log_momentum, log_decay, state,
-        chunk_size=chunk_size, objective=objective, activation=activation,
-        norm=norm, online=online, mask=mask,
-    )  # fmt: skip
+    with torch.autocast(q.device.type, enabled=False):  # it would round the gates' products
+        return op(
+            q, k, v, lr, log_momentum, log_decay, state,
+            chunk_size=chunk_size, objective=objective, activation=activation,
+            norm=norm, online=online, mask=mask,
+        )  # fmt: skip
 
 
 def choose(backend: str, online: bool) -> Callable:
-    """The definition when asked for by name; otherwise the matmul form, exact per token if online."""
+    """The definition if asked for by name; else the matmul form, exact per token if online."""
     if backend == "naive":
         return naive_memory
     if backend in ("auto", "chunk"):
