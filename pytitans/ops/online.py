@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pytitans.ops.chunk import chunk_end, chunk_gates, gate_layers, read_chunk
+from pytitans.ops.chunk_plain import layer_end, read_layer
+from pytitans.ops.gates import chunk_gates
 from pytitans.ops.naive import MemoryState
 
 
@@ -42,18 +43,19 @@ def online_memory(
 ):
     """Same contract as `pytitans.ops.naive.naive_memory` with online=True; depth 1, no norm."""
     (M,), (S,), _, position = state
-    B, T = q.shape[:2]
-    wide, narrow = M.dtype, q.dtype
+    B, T, H = q.shape[:3]
+    wide, narrow, M, S = M.dtype, q.dtype, M.flatten(0, 1), S.flatten(0, 1)
     retrieved = []
     for begin in range(0, T, chunk_size):
-        tile = slice(begin, min(begin + chunk_size, T))
-        q_, k_, v_ = (x[:, tile].transpose(1, 2) for x in (q, k, v))
-        (lr_,), *logs = (
-            gate_layers(x, tile.start, tile.stop, wide, 1) for x in (lr, log_momentum, log_decay)
+        tile = slice(begin, begin + chunk_size)
+        q_, k_, v_ = (heads_first(x[:, tile]) for x in (q, k, v))
+        lr_, momentum, decay = (
+            None if x is None else heads_first(x[:, tile].reshape(B, -1, H, 1)).squeeze(-1).to(wide)
+            for x in (lr, log_momentum, log_decay)
         )
-        lr_ = q_.new_zeros(q_.shape[:3], dtype=wide) if lr_ is None else lr_
-        exists = None if mask is None else mask[:, None, tile]
-        g = chunk_gates(lr_, logs[0][0], logs[1][0], mask=exists)
+        lr_ = q_.new_zeros(q_.shape[:2], dtype=wide) if lr_ is None else lr_
+        exists = None if mask is None else mask[:, tile].repeat_interleave(H, dim=0)
+        g = chunk_gates(lr_, momentum, decay, mask=exists)
         if objective == "dot":
             d = -v_
         else:
@@ -61,14 +63,21 @@ def online_memory(
             right = before_write(g.beta, 1.0) * (kw @ M) - v_
             if g.phi is not None:
                 right = right + before_write(g.phi, 0.0) * (kw @ S)
-            weights = before_write(g.writes_in_M, 0.0) * (kw @ kw.mT)
+            weights = before_write(g.writes, 0.0) * (kw @ kw.mT)
             d = torch.linalg.solve_triangular(weights, right, upper=False, unitriangular=True)
-        layers = [(M.to(narrow), S.to(narrow), k_, d.to(narrow))]
-        retrieved.append(read_chunk(q_, layers, [g], activation, None))
-        (M,), (S,) = chunk_end((M,), (S,), layers, [g])
-    out = torch.cat(retrieved, dim=2).transpose(1, 2)
+        d = d.to(narrow)
+        y, _ = read_layer(q_, M.to(narrow), S.to(narrow), k_, d, g)
+        retrieved.append(y.unflatten(0, (B, H)).transpose(1, 2))
+        M, S = layer_end(M, S, k_, d, g)
+    out = torch.cat(retrieved, dim=1)
     if mask is not None:
         out = out.masked_fill(~mask[..., None, None], 0.0)
     alike = mask is None and isinstance(position, int)
     position = 0 if alike else torch.zeros(B, dtype=torch.long, device=q.device)
+    M, S = (x.unflatten(0, (B, H)) for x in (M, S))
     return out, MemoryState((M,), (S,), (M,), position)
+
+
+def heads_first(x: Tensor) -> Tensor:
+    """[B, T, H, K] -> [B H, T, K]."""
+    return x.transpose(1, 2).flatten(0, 1)

@@ -4,7 +4,8 @@ import pytest
 import torch
 from operator_cases import assert_any_cut, assert_is_the_definition, call, gradients, make_inputs
 
-from pytitans.ops.chunk import chunk_memory, decay_matrix
+from pytitans.ops.chunk import chunk_memory
+from pytitans.ops.gates import decay_matrix
 from pytitans.ops.naive import naive_memory
 
 ALL_GATES = ("lr", "log_momentum", "log_decay")
