@@ -47,6 +47,23 @@ from pytitans.report import Progress, plot_losses
 FACTS = "run.json"
 CURVE = "loss.png"
 
+# What `titans train` does when told nothing: a small model, a few minutes on two cores.
+DEFAULT_RUN: dict[str, Any] = {
+    "model.variant": "mac",
+    "model.hidden_size": 256,
+    "model.num_hidden_layers": 4,
+    "model.num_attention_heads": 4,
+    "model.intermediate_size": 512,
+    "model.chunk_size": 64,
+    "model.segment_len": 128,
+    "model.window": 128,
+    "data.sequence_length": 512,
+    "train.max_steps": 300,
+    "train.per_device_train_batch_size": 8,
+    "train.learning_rate": 2e-3,
+    "train.warmup_steps": 50,
+}
+
 
 @dataclass
 class TrainArguments(TrainingArguments):
@@ -64,7 +81,7 @@ class TrainArguments(TrainingArguments):
     output_dir: str | None = None
     max_steps: int = 600
     max_minutes: float | None = None
-    eval_bytes: int = 200_000
+    eval_bytes: int = 50_000
     per_device_train_batch_size: int = 8
     per_device_eval_batch_size: int = 8
     learning_rate: float = 2e-3
@@ -75,7 +92,7 @@ class TrainArguments(TrainingArguments):
     max_grad_norm: float = 1.0
     bf16: bool | None = None
     eval_strategy: str = "steps"
-    eval_steps: float | None = 0.2
+    eval_steps: float | None = 0.25
     save_steps: float = 0.25
     save_total_limit: int | None = 2
     logging_steps: float = 0.02
@@ -107,16 +124,15 @@ def train(
     data: TextData,
     args: TrainArguments,
     *,
-    resume: bool = False,
+    checkpoint: str | None = None,
 ) -> dict[str, Any]:
     """Trains the model and saves it with its tokenizer, `run.json` and `loss.png` in args.output_dir.
 
-    With `resume` the run in output_dir goes on from its last checkpoint, to the same weights, bit for bit, that it
-    would have had without the stop. Returns what `run.json` holds. Raises KeyboardInterrupt, with a
-    checkpoint saved, when stopped by Ctrl-C or a SIGTERM; ValueError for bad input, before training.
+    From a `checkpoint` of the same run it goes on to the very weights that it would have had without
+    the stop. Returns what `run.json` holds. Raises KeyboardInterrupt, with a checkpoint saved, when
+    stopped by SIGINT or SIGTERM; ValueError for bad input, before training.
     """
     check_vocabulary(tokenizer, model.config.get_text_config().vocab_size)
-    checkpoint = checkpoint_to_resume(args, resume)
     texts = load_text(data, ("train", "validation"))
     length = data.sequence_length
     text = tokenize(tokenizer, texts["train"], length)
@@ -144,7 +160,7 @@ def train(
     with stop.listening():
         trainer.train(resume_from_checkpoint=checkpoint)
     if stop.asked:
-        raise KeyboardInterrupt
+        raise KeyboardInterrupt(f"saved; go on by --resume {args.output_dir}")
     facts = {
         "command": shlex.join(sys.argv),
         "parameters": sum(p.numel() for p in model.parameters()),
@@ -230,7 +246,7 @@ def agreed(value: float, args: TrainingArguments) -> float:
     return shared.item()
 
 
-def checkpoint_to_resume(args: TrainArguments, resume: bool) -> str | None:
+def find_checkpoint(args: TrainArguments, resume: bool) -> str | None:
     """The last checkpoint in output_dir if resuming; otherwise output_dir must not hold a run."""
     folder = args.output_dir or ""
     last = get_last_checkpoint(folder) if os.path.isdir(folder) else None
