@@ -11,55 +11,70 @@ computes a run of chunks and its gradients; here the text is put on the chunks' 
 together. Axes: see `pytitans.shapes`.
 """
 
+from typing import NamedTuple
+
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from pytitans.ops import chunk_plain
+from pytitans.ops import chunk_fused, chunk_plain
 from pytitans.ops.chunk_plain import Inputs, Run
 from pytitans.ops.naive import Activation, Gate, MemoryState, Norm, Objective, pick
 
+ARITY = len(Inputs._fields)
+
+
+class Plan(NamedTuple):
+    """What a call is, but for its tensors."""
+
+    run: Run
+    layers: tuple[int, int, int]  # of M, of S (0 without momentum), of the first chunk's own M
+    fused: bool
+    keep: bool  # states, for a backward
+    anchor: bool  # whether to return the last chunk's first M
+
 
 class Chunked(torch.autograd.Function):
-    """A run of chunks: retrieved, then the layers of M, S and the last chunk's first M.
-
-    `parts` says how many of the weights that follow `Inputs` are M, S (0 without momentum) and the
-    first chunk's M (0 where it is M itself).
-    """
+    """A run of chunks: `Inputs` and weights -> retrieved, then layers of M, S and the anchor."""
 
     @staticmethod
-    def forward(ctx, run: Run, parts: tuple[int, int, int], *tensors):
-        inputs, weights = Inputs(*tensors[: len(Inputs._fields)]), tensors[len(Inputs._fields) :]
-        flat = [w.reshape(-1, *w.shape[-2:]) for w in weights]
-        out, state, kept = chunk_plain.forward(run, inputs, *split(flat, parts))
-        ctx.run, ctx.parts, ctx.inputs = run, parts, len(tensors)
+    def forward(ctx, plan: Plan, *tensors):
+        inputs, weights = Inputs(*tensors[:ARITY]), tensors[ARITY:]
+        flat = split([w.flatten(0, 1) for w in weights], plan.layers)
+        form = chunk_fused if plan.fused else chunk_plain
+        out, state, kept = form.forward(plan.run, inputs, *flat, keep=plan.keep, anchor=plan.anchor)
+        ctx.plan, ctx.inputs = plan, len(tensors)
         ctx.save_for_backward(*tensors, *kept)
         ctx.set_materialize_grads(False)
-        heads = weights[0].shape[:2]
-        return out, *(w.unflatten(0, heads) for w in state)
+        return out, *(w.unflatten(0, weights[0].shape[:2]) for w in state)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, g_out, *g_state):
-        """Analytic; a second derivative is refused by `once_differentiable`."""
-        tensors, kept = ctx.saved_tensors[: ctx.inputs], ctx.saved_tensors[ctx.inputs :]
-        inputs, weights = Inputs(*tensors[: len(Inputs._fields)]), tensors[len(Inputs._fields) :]
-        like = [*weights[: ctx.parts[0] + ctx.parts[1]], *weights[: ctx.parts[0]]]
-        g_state = [
-            (torch.zeros_like(w) if g is None else g).reshape(-1, *w.shape[-2:])
+        if torch.is_grad_enabled():  # only create_graph=True does that
+            raise RuntimeError(
+                "the memory's gradient has no derivative: create_graph=True is for backend='naive'"
+            )
+        plan, saved = ctx.plan, ctx.saved_tensors
+        inputs, weights, kept = (
+            Inputs(*saved[:ARITY]), saved[ARITY : ctx.inputs], saved[ctx.inputs :]
+        )  # fmt: skip
+        flat = split([w.flatten(0, 1) for w in weights], plan.layers)
+        like = [*flat[0], *flat[1], *(flat[0] if plan.anchor else [])]
+        g_flat = [
+            torch.zeros_like(w) if g is None else g.flatten(0, 1)
             for g, w in zip(g_state, like, strict=True)
         ]
         g_out = torch.zeros_like(inputs.v) if g_out is None else g_out
-        A = [w.reshape(-1, *w.shape[-2:]) for w in weights[ctx.parts[0] + ctx.parts[1] :]]
-        found = chunk_plain.backward(ctx.run, inputs, ctx.parts[0], kept, A, g_out, g_state)
-        g_inputs, g_weights = found
+        form = chunk_fused if plan.fused else chunk_plain
+        g_inputs, g_weights = form.backward(
+            plan.run, inputs, *flat, kept, g_out, *split(g_flat, plan.layers)
+        )
         g_weights = (g.view_as(w) for g, w in zip(g_weights, weights, strict=True))
-        return None, None, *g_inputs, None, *g_weights
+        return None, *g_inputs, None, *g_weights
 
 
-def split(weights: list, parts) -> tuple[list, list, list]:
-    M, S, _ = parts
+def split(weights: list, layers: tuple[int, int, int]) -> tuple[list, list, list]:
+    M, S, _ = layers
     return weights[:M], weights[M : M + S], weights[M + S :]
 
 
@@ -83,12 +98,16 @@ def chunk_memory(
     if online:
         raise ValueError("chunk_memory takes gradients once per chunk; online=True is ops.online's")
     tokens = (q, k, v, lr, log_momentum, log_decay)
-    norm = norm or (None, None)
+    weight, bias = norm or (None, None)
     if mask is None and isinstance(state.position, int):
         run = Run(chunk_size, state.position, objective, activation, None)
-        out, end = read(run, Inputs(*tokens, *norm, None), state, state.position > 0)
         position = (state.position + q.shape[1]) % chunk_size
-        return out, end._replace(anchor=end.anchor if position else end.M, position=position)
+        within = state.position + q.shape[1] <= chunk_size
+        inputs, opened = Inputs(*tokens, weight, bias, None), state.position > 0
+        out, end = read(run, inputs, state, opened, anchor=position > 0 and not within)
+        if position and within:  # the chunk that is open is the one it began with
+            end = end._replace(anchor=state.anchor if opened else state.M)
+        return out, end._replace(position=position)
     slot, real, position = slots(state.position, mask, q, chunk_size)
     filled = slot.amax(1) + 1
     width = -(-int(filled.max()) // chunk_size) * chunk_size
@@ -97,20 +116,26 @@ def chunk_memory(
     begun = torch.as_tensor(state.position, device=q.device).expand(q.shape[0]) > 0
     state = state._replace(anchor=pick(begun, state.anchor, state.M))
     run = Run(chunk_size, 0, objective, activation, (filled - 1) // chunk_size)
-    out, end = read(run, Inputs(*spread, *norm, exists), state, True)
+    out, end = read(run, Inputs(*spread, weight, bias, exists), state, True, anchor=True)
     rows = torch.arange(q.shape[0], device=q.device)[:, None]
     out = out[rows, slot].masked_fill(~real[..., None, None], 0.0)
     anchor = pick(position == 0, end.M, end.anchor)
     return out, end._replace(anchor=anchor, position=position)
 
 
-def read(run: Run, inputs: Inputs, state: MemoryState, opened: bool):
-    """What the run of chunks retrieves and the state after it, but for the position."""
-    M, S, anchor, _ = state
-    S_in, A_in = S if inputs.log_momentum is not None else (), anchor if opened else ()
-    out, *new = Chunked.apply(run, (len(M), len(S_in), len(A_in)), *inputs, *M, *S_in, *A_in)
-    new_M, new_S, new_anchor = split(new, (len(M), len(S_in), len(M)))
-    return out, MemoryState(tuple(new_M), tuple(new_S) or S, tuple(new_anchor), 0)
+def read(run: Run, inputs: Inputs, state: MemoryState, opened: bool, *, anchor: bool):
+    """What the run of chunks retrieves, and the state after it but for the position. The anchor is
+    M unless asked for."""
+    M, S, A, _ = state
+    S_in, A_in = S if inputs.log_momentum is not None else (), A if opened else ()
+    weights = [*M, *S_in, *A_in]
+    layers = (len(M), len(S_in), len(A_in))
+    tensors = [x for x in (*inputs, *weights) if x is not None]
+    keep = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+    plan = Plan(run, layers, chunk_fused.available(inputs, weights), keep, anchor)
+    out, *new = Chunked.apply(plan, *inputs, *weights)
+    new_M, new_S, new_A = (tuple(part) for part in split(new, layers))
+    return out, MemoryState(new_M, new_S or S, new_A or new_M, 0)
 
 
 def slots(position: int | Tensor, mask: Tensor | None, q: Tensor, chunk_size: int):

@@ -265,22 +265,22 @@ def pick_rows(rows: Tensor | bool, new: list[Tensor], old: list[Tensor]) -> list
     return [torch.where(rows, a, b) for a, b in zip(new, old, strict=True)]
 
 
-def forward(run: Run, inputs: Inputs, M, S, A) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """Retrieved [B, T, H, V]; M, S and the last chunk's first M after the run; states kept.
+def forward(run: Run, inputs: Inputs, M, S, A, *, keep: bool, anchor: bool):
+    """Retrieved [B, T, H, V]; M, S and, if `anchor`, the last chunk's first M; if `keep`, states.
 
     M, S and A are lists of [X, in, out]; S is empty without momentum, A where the first chunk
     begins at M.
     """
     chunks, at, kept = Chunks(run, inputs, M[0].dtype), 0, []
-    out, anchor, S = torch.empty_like(inputs.v), A or M, S or [None] * len(M)
+    out, last, S = torch.empty_like(inputs.v), A or M, S or [None] * len(M)
     for group in chunks.groups:
         begin, width, count = group
         if at:
             M, S = ([x if x is None else F.hardshrink(x, TINY) for x in y] for y in (M, S))
-        kept += [*M, *present(S)]
+        kept += [*M, *present(S)] if keep else []
         gates = chunks.gates_of(chunks.gate_leaves(group), group)
         for i in range(count):
-            anchor = pick_rows(chunks.ends_at(at), M, anchor) if at else anchor
+            last = pick_rows(chunks.ends_at(at), M, last) if at else last
             q, k, v = chunks.cut(begin + i * width, width)
             each, first = gates_at(gates, i, len(M)), M if at else A or M
             w = write_pass(chunks.low(first), k, v, chunks.norm, run)
@@ -291,7 +291,7 @@ def forward(run: Run, inputs: Inputs, M, S, A) -> tuple[Tensor, list[Tensor], li
             chunks.put(out, begin + i * width, residual_norm(q, y, chunks.norm))
             M, S = end_pass(M, S, w, each)
             at += 1
-    return out, [*M, *present(S), *anchor], kept
+    return out, [*M, *present(S), *(last if anchor else [])], kept
 
 
 def present(weights) -> list[Tensor]:
@@ -312,13 +312,12 @@ class Gradients:
         return [self.q, self.k, self.v, *self.gates, *norm]
 
 
-def backward(run: Run, inputs: Inputs, layers: int, kept, A, g_out, g_state):
+def backward(run: Run, inputs: Inputs, M, S, A, kept, g_out, g_M, g_S, g_anchor):
     """Gradients in `forward`'s inputs (but the mask) and in M, S and A, from those in its results;
     `kept` are the states it kept."""
-    chunks = Chunks(run, inputs, g_state[0].dtype)
-    momentum, at = len(g_state) > 2 * layers, chunks.total
-    g_S = g_state[layers : 2 * layers] if momentum else [None] * layers
-    g, g_anchor = Gradients(chunks, g_state[:layers], g_S), g_state[-layers:]
+    chunks = Chunks(run, inputs, M[0].dtype)
+    layers, momentum, at = len(M), bool(S), chunks.total
+    g = Gradients(chunks, g_M, g_S or [None] * layers)
     for n, group in reversed(list(enumerate(chunks.groups))):
         at -= group[2]
         state = kept[n * len(kept) // len(chunks.groups) :]
@@ -334,7 +333,7 @@ def backward(run: Run, inputs: Inputs, layers: int, kept, A, g_out, g_state):
                 g.A = g_first
             else:
                 g.M = [a.add_(b) for a, b in zip(g.M, g_first, strict=True)]
-            if (ends := chunks.ends_at(at + i)) is not False:
+            if g_anchor and (ends := chunks.ends_at(at + i)) is not False:
                 g_first = g.A or g.M
                 for a, b in zip(g_first, g_anchor, strict=True):
                     a.add_(b * ends)

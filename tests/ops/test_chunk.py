@@ -1,14 +1,27 @@
-"""`chunk_memory` is `naive_memory`: same values, state and gradients, whatever the shapes."""
+"""`chunk_memory` is `naive_memory`: same values, state and gradients, whatever the shapes.
+
+Every property is asked of both its forms, in plain torch and in the C++ kernel.
+"""
 
 import pytest
 import torch
 from operator_cases import assert_any_cut, assert_is_the_definition, call, gradients, make_inputs
 
+from pytitans.ops import chunk_fused
 from pytitans.ops.chunk import chunk_memory
 from pytitans.ops.gates import decay_matrix
 from pytitans.ops.naive import naive_memory
 
 ALL_GATES = ("lr", "log_momentum", "log_decay")
+
+
+@pytest.fixture(params=["plain", "fused"], autouse=True)
+def form(request, monkeypatch):
+    if request.param == "plain":
+        monkeypatch.setattr(chunk_fused, "available", lambda *_: False)
+    elif chunk_fused.kernel() is None:
+        pytest.skip("no C++ compiler here: the kernel is optional")
+    return request.param
 
 
 @pytest.mark.parametrize("depth", [1, 2, 3, 4])
@@ -171,3 +184,32 @@ def test_products_of_gates_never_divide():
         for j in range(i):
             want[i, j] = log_gate[j + 1 : i + 1].sum().exp()
     torch.testing.assert_close(decay_matrix(log_gate), want)
+
+
+def test_a_second_derivative_is_refused():
+    inputs = make_inputs()
+    got = call(chunk_memory, inputs, chunk_size=4)["retrieved"].sum()
+    with pytest.raises(RuntimeError, match="create_graph=True"):
+        torch.autograd.grad(got, inputs["v"], create_graph=True)
+
+
+@pytest.mark.parametrize("chunk_size", [16, 40, 64])
+@pytest.mark.parametrize("activation", ["silu", "gelu"])
+def test_float32_is_close_to_float64(activation, chunk_size):
+    """Widths and chunks of whole vectors and not: the kernel's every tile."""
+    exact = make_inputs(B=1, T=150, K=32, V=72, hidden=80, lr=0.02)
+    low = {n: t.detach().float().requires_grad_() for n, t in exact.items()}
+    options = {"chunk_size": chunk_size, "activation": activation}
+    got, want = (call(chunk_memory, x, **options) for x in (low, exact))
+    for a, b in ((got, want), (gradients(got, low), gradients(want, exact))):
+        for name in set(b) - {"position"}:
+            error = (a[name].double() - b[name]).abs().max()
+            assert error <= 1e-5 * b[name].abs().max(), name
+
+
+def test_states_are_kept_only_for_a_backward():
+    inputs = {n: t.detach() for n, t in make_inputs().items()}
+    assert call(chunk_memory, inputs, chunk_size=4)["retrieved"].grad_fn is None
+    inputs["v"].requires_grad_()
+    with torch.no_grad():
+        assert call(chunk_memory, inputs, chunk_size=4)["retrieved"].grad_fn is None
