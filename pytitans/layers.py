@@ -38,14 +38,15 @@ class ShortConv(nn.Module):
     """Causal depthwise convolution over tokens, the paper's section 4.4 (size 4), then SiLU.
 
     `forward(x [B, T, D], tail [B, size - 1, D] or None)` returns the result and the tail that the
-    next call goes on from: the last size - 1 tokens of each row. It starts as the identity, so that
-    an untrained layer sees each token as it is. `features`: those of the layer's that x holds.
+    next call goes on from: the last size - 1 tokens of each row. `features`: those of the layer's
+    that x holds. It starts random, as a torch convolution does: keys that mix a token with those
+    before it are what recall by context is learned from (docs/log.md).
     """
 
     def __init__(self, dim: int, size: int = 4):
         super().__init__()
-        self.weight = nn.Parameter(torch.zeros(size, dim))  # weight[-1] meets the token itself
-        nn.init.ones_(self.weight[-1])
+        self.weight = nn.Parameter(torch.empty(size, dim))  # weight[-1] meets the token itself
+        nn.init.uniform_(self.weight, -(size**-0.5), size**-0.5)
 
     def forward(
         self,

@@ -21,6 +21,10 @@ from pytitans.ops import MemoryState, initial_state, neural_memory, retrieve
 
 GATE_FLOOR = 1e-4  # what a gate's sigmoid must exceed to open
 MOMENTUM_START = 0.8  # an untrained layer's momentum
+FORGET_START = (
+    1e-2,
+    3e-4,
+)  # what its first and last head forget at a token: horizons of 100 to 3000
 
 
 class LayerState(NamedTuple):
@@ -126,30 +130,32 @@ class NeuralMemory(nn.Module):
     def reset_parameters(self) -> None:
         """M_0 answers a key of norm 1 with a value of about norm 1, as does LayerNorm's weight; the
         gates start so that a chunk of one repeated key moves the memory at most once towards its
-        value (row sums of C about 1)."""
+        value (row sums of C about 1), and heads forget at different speeds, as in RetNet."""
         for W in self.M_0:
             nn.init.normal_(W, std=self.head_dim**-0.5)
         if self.norm is not None:
             nn.init.constant_(self.norm_weight, self.head_dim**-0.5)
             nn.init.zeros_(self.norm_bias)
-        if self.conv is not None:
-            nn.init.zeros_(self.conv.weight)
-            nn.init.ones_(self.conv.weight[-1])
         nn.init.zeros_(self.to_gates.weight)
         has_momentum = "momentum" in self.gates
-        step = ((1 - MOMENTUM_START) if has_momentum else 1) / self.chunk_size
+        step = min(((1 - MOMENTUM_START) if has_momentum else 1) / self.chunk_size, 0.5)
+        heads, depth = self.num_heads, self.depth
+        slow = torch.linspace(0, 1, heads) if heads > 1 else torch.tensor([0.5])
+        forget = FORGET_START[0] * (FORGET_START[1] / FORGET_START[0]) ** slow
         start = {
-            "lr": closing_logit(step),
-            "momentum": math.log(MOMENTUM_START / (1 - MOMENTUM_START)),
-            "decay": closing_logit(1e-2),
+            "lr": torch.full((heads,), closing_logit(step)),
+            "momentum": torch.full((heads,), math.log(MOMENTUM_START / (1 - MOMENTUM_START))),
+            "decay": torch.tensor([closing_logit(a) for a in forget.tolist()]),
         }
         with torch.no_grad():
-            bias = torch.tensor([start[name] for name in self.gates])
-            self.to_gates.bias.copy_(bias.repeat_interleave(self.num_heads * self.depth))
+            bias = torch.cat([start[name] for name in self.gates])
+            self.to_gates.bias.copy_(bias.repeat_interleave(depth))
 
     def initial_state(self, batch_size: int = 1) -> LayerState:
-        """The state before a sequence's first token: M_0, no surprise, no tokens."""
-        M = tuple(W.expand(batch_size, *W.shape) for W in self.M_0)
+        """The state before a sequence's first token: M_0, no surprise, no tokens. What is written
+        at test time is float32 or wider, whatever the model's dtype."""
+        wide = [W if W.dtype.itemsize >= 4 else W.float() for W in self.M_0]
+        M = tuple(W.expand(batch_size, *W.shape) for W in wide)
         reach = self.conv.weight.shape[0] - 1 if self.conv is not None else 0
         tail = self.qkv.weight.new_zeros(batch_size, reach, 3 * self.dim)
         return LayerState(initial_state(M), tail)

@@ -69,7 +69,7 @@ class TitansPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Llama's: normal with `initializer_range`, norms 1; the memory's own for its gates and M_0."""
+        """Llama's: normal with `initializer_range`, norms 1; for gates and M_0 the memory's own."""
         if isinstance(module, NeuralMemory):
             module.reset_parameters()
         elif isinstance(module, nn.Linear) and not module.bias is not None:
@@ -79,8 +79,8 @@ class TitansPreTrainedModel(PreTrainedModel):
         elif isinstance(module, nn.RMSNorm):
             init.ones_(module.weight)
         elif isinstance(module, ShortConv):
-            init.zeros_(module.weight)
-            init.ones_(module.weight[-1])
+            reach = module.weight.shape[0] ** -0.5
+            init.uniform_(module.weight, -reach, reach)
         elif isinstance(module, Block):
             init.normal_(module.persistent, std=self.config.initializer_range)
 
@@ -149,6 +149,13 @@ class TitansModel(TitansPreTrainedModel):
             return inputs_embeds
         if input_ids.ndim != 2:
             raise ValueError(f"input_ids is [B, T]; got {tuple(input_ids.shape)}")
+        if input_ids.device.type == "cpu" and input_ids.numel():  # elsewhere it would wait
+            low, high = (int(x) for x in input_ids.aminmax())
+            if low < 0 or high >= self.config.vocab_size:
+                raise ValueError(
+                    f"token id {high if high >= self.config.vocab_size else low} is outside the "
+                    f"vocabulary of {self.config.vocab_size}: is it this model's tokenizer?"
+                )
         return self.embed_tokens(input_ids)
 
     def real_tokens_first(self, mask: Tensor | None, x: Tensor):

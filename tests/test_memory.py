@@ -1,0 +1,114 @@
+"""The memory as a layer: its gates, its start, its state."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from pytitans.memory import NeuralMemory, closing_gate, closing_logit
+from pytitans.ops.gates import chunk_gates
+
+
+def make(dim=32, heads=2, **options) -> NeuralMemory:
+    torch.manual_seed(0)
+    return NeuralMemory(dim, heads, **{"chunk_size": 16, **options})
+
+
+def test_a_gate_can_do_exactly_nothing_and_almost_everything():
+    assert closing_gate(torch.tensor(-3.0)) == 0
+    assert closing_gate(torch.tensor(8.0)) > 0.99
+    for value in (1e-3, 0.01, 0.5):
+        torch.testing.assert_close(closing_gate(torch.tensor(closing_logit(value))).item(), value)
+
+
+def test_a_closed_gate_can_learn_to_open_and_stays_closed_otherwise():
+    for wanted, moves in ((-1.0, True), (1.0, False)):
+        logit = torch.tensor(-4.0, requires_grad=True)
+        (wanted * closing_gate(logit)).backward()
+        assert bool(logit.grad != 0) is moves
+
+
+@pytest.mark.parametrize("chunk_size", [1, 16, 128])
+@pytest.mark.parametrize("momentum", [True, False])
+def test_untrained_steps_are_contractive_on_a_repeated_key(chunk_size, momentum):
+    """Row sums of C |K K^T| at most about 1 when all keys are one."""
+    memory = make(chunk_size=chunk_size, momentum=momentum)
+    lr, log_momentum, log_decay = memory.gate_values(torch.randn(1, chunk_size, 32))
+    per_layer = [
+        None if g is None else g[..., 0].transpose(1, 2) for g in (lr, log_momentum, log_decay)
+    ]
+    assert chunk_gates(*per_layer).writes.sum(-1).max() < 1.05
+
+
+@pytest.mark.parametrize("norm", [True, False])
+@pytest.mark.parametrize("depth", [1, 2, 3, 4])
+def test_untrained_memory_approaches_a_repeated_value(norm, depth):
+    """The loss on one repeated token falls and never rises above its start, over many chunks."""
+    memory = make(depth=depth, norm=norm).double()
+    x = torch.randn(1, 1, 32, dtype=torch.float64).expand(1, 256, 32)
+    features, _ = memory.convolve(memory.qkv(x), None, None)
+    _, k, v = features.unflatten(-1, (3, 2, 16)).unbind(2)
+    state, losses = None, []
+    from pytitans.ops import retrieve
+
+    for piece in x.split(16, dim=1):
+        _, state = memory(piece, state)
+        answer = retrieve(F.normalize(k, dim=-1)[:, -1:], state.memory, norm=memory.norm)
+        losses.append((answer - v[:, -1:]).square().sum().item())
+    assert losses[-1] < 0.75 * losses[0]
+    assert max(losses) < 1.05 * losses[0]
+
+
+def test_a_trained_memory_can_forget_nothing_and_write_in_one_shot():
+    memory = make(depth=1, norm=False, momentum=False, conv_size=0).double()
+    with torch.no_grad():
+        memory.to_gates.bias[:2] = 12.0
+        memory.to_gates.bias[2:] = -12.0
+    x = torch.randn(1, 1, 32, dtype=torch.float64)
+    lr, _, log_decay = memory.gate_values(x)
+    assert (log_decay.exp() > 1 - 1e-7).all()
+    assert (lr > 0.999).all()
+    _, state = memory(x)
+    _, k, v = F.silu(memory.qkv(x)).unflatten(-1, (3, 2, 16)).unbind(2)
+    from pytitans.ops import retrieve
+
+    torch.testing.assert_close(retrieve(F.normalize(k, dim=-1), state.memory), v, rtol=0, atol=1e-3)
+
+
+def test_each_layer_of_the_memory_has_gates_of_its_own():
+    memory = make(depth=3)
+    lr, log_momentum, log_decay = memory.gate_values(torch.randn(2, 5, 32))
+    assert lr.shape == log_momentum.shape == log_decay.shape == (2, 5, 2, 3)
+
+
+@pytest.mark.parametrize("cut", [1, 3, 16, 20, 39])
+@pytest.mark.parametrize("options", [{}, {"conv_size": 0}, {"decay": False, "momentum": False}])
+def test_streaming_equals_one_call(cut, options):
+    memory = make(**options).double()
+    x = torch.randn(2, 40, 32, dtype=torch.float64)
+    want, end = memory(x)
+    a, state = memory(x[:, :cut])
+    b, state = memory(x[:, cut:], state)
+    torch.testing.assert_close(torch.cat([a, b], 1), want)
+    torch.testing.assert_close(state, end)
+
+
+def test_gates_are_float32_under_autocast():
+    memory = make()
+    with torch.autocast("cpu", torch.bfloat16):
+        gates = memory.gate_values(torch.randn(1, 4, 32, dtype=torch.bfloat16))
+        _, state = memory(torch.randn(1, 4, 32))
+    assert all(g.dtype == torch.float32 for g in gates)
+    assert all(W.dtype == torch.float32 for W in (*state.memory.M, *state.memory.S))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dim": 30, "heads": 4}, "dim=30"),
+        ({"depth": 0}, "depth=0"),
+        ({"chunk_size": 0}, "chunk_size=0"),
+    ],
+)
+def test_impossible_shapes_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        make(**options)
