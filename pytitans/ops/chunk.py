@@ -49,12 +49,12 @@ class Chunked(torch.autograd.Function):
         return out, *(w.unflatten(0, weights[0].shape[:2]) for w in state)
 
     @staticmethod
-    def backward(ctx, g_out, *g_state):
+    def backward(ctx, *g_results):
         if torch.is_grad_enabled():  # only create_graph=True does that
             raise RuntimeError(
                 "the memory's gradient has no derivative: create_graph=True is for backend='naive'"
             )
-        plan, saved = ctx.plan, ctx.saved_tensors
+        plan, saved, (g_out, *g_state) = ctx.plan, ctx.saved_tensors, g_results
         inputs, weights, kept = (
             Inputs(*saved[:ARITY]), saved[ARITY : ctx.inputs], saved[ctx.inputs :]
         )  # fmt: skip
@@ -112,11 +112,11 @@ def chunk_memory(
     filled = slot.amax(1) + 1
     width = -(-int(filled.max()) // chunk_size) * chunk_size
     spread = [None if x is None else on_grid(x, slot, real, width) for x in tokens]
-    exists = on_grid(real, slot, real, width)
+    inputs = Inputs._make((*spread, weight, bias, on_grid(real, slot, real, width)))
     begun = torch.as_tensor(state.position, device=q.device).expand(q.shape[0]) > 0
     state = state._replace(anchor=pick(begun, state.anchor, state.M))
     run = Run(chunk_size, 0, objective, activation, (filled - 1) // chunk_size)
-    out, end = read(run, Inputs(*spread, weight, bias, exists), state, True, anchor=True)
+    out, end = read(run, inputs, state, True, anchor=True)
     rows = torch.arange(q.shape[0], device=q.device)[:, None]
     out = out[rows, slot].masked_fill(~real[..., None, None], 0.0)
     anchor = pick(position == 0, end.M, end.anchor)

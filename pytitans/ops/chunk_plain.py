@@ -154,8 +154,8 @@ def read_layer(x, W, S, h, d, g: ChunkGates):
     """y, and R, of one layer."""
     R = x @ h.mT
     y = g.beta.to(x.dtype) * (x @ W)
-    if g.phi is not None:
-        y = y.addcmul_(g.phi.to(x.dtype), x @ S)
+    if g.surprise is not None:
+        y = y.addcmul_(g.surprise.phi.to(x.dtype), x @ S)
     return y.baddbmm_(R * g.writes.to(x.dtype), d, alpha=-1), R
 
 
@@ -176,12 +176,13 @@ def add_product(base: Tensor, a: Tensor, b: Tensor, alpha: int = 1) -> Tensor:
 def layer_end(W, s, h, d, g: ChunkGates):
     """One layer's state after the chunk's last token."""
     left = g.beta[:, -1:] * W
-    if g.phi is not None:
-        left = left.addcmul_(g.phi[:, -1:], s)
+    if g.surprise is not None:
+        left = left.addcmul_(g.surprise.phi[:, -1:], s)
     W = add_product(left, (g.writes[:, -1, :, None].to(h.dtype) * h).mT, d, alpha=-1)
-    if g.end_mu is None:
+    if g.surprise is None:
         return W, s
-    return W, add_product(g.end_mu * s, (g.end_writes.to(h.dtype) * h).mT, d, alpha=-1)
+    _, end, end_writes = g.surprise
+    return W, add_product(end * s, (end_writes.to(h.dtype) * h).mT, d, alpha=-1)
 
 
 def end_pass(M, S, w: Writes, gates) -> tuple[list, list]:
@@ -252,11 +253,8 @@ class Chunks:
 
 def gates_at(gates: ChunkGates, chunk: int, layers: int) -> list[ChunkGates]:
     """One chunk's gates for each layer, out of [L or 1, chunks, X, ...]."""
-    shared = len(gates.beta) == 1
-    return [
-        ChunkGates(*(None if x is None else x[0 if shared else i, chunk] for x in gates))
-        for i in range(layers)
-    ]
+    sets = len(gates.beta)
+    return [gates.map(lambda x, i=i % sets: x[i, chunk]) for i in range(layers)]
 
 
 def pick_rows(rows: Tensor | bool, new: list[Tensor], old: list[Tensor]) -> list[Tensor]:
@@ -276,7 +274,8 @@ def forward(run: Run, inputs: Inputs, M, S, A, *, keep: bool, anchor: bool):
     for group in chunks.groups:
         begin, width, count = group
         if at:
-            M, S = ([x if x is None else F.hardshrink(x, TINY) for x in y] for y in (M, S))
+            M = [F.hardshrink(W, TINY) for W in M]
+            S = [s if s is None else F.hardshrink(s, TINY) for s in S]
         kept += [*M, *present(S)] if keep else []
         gates = chunks.gates_of(chunks.gate_leaves(group), group)
         for i in range(count):
@@ -326,7 +325,7 @@ def backward(run: Run, inputs: Inputs, M, S, A, kept, g_out, g_M, g_S, g_anchor)
         with torch.enable_grad():
             gates = chunks.gates_of(leaves, group)
         steps = walk(chunks, group, gates, M, S, [] if at else A)
-        g_gates = ChunkGates(*(None if x is None else torch.zeros_like(x) for x in gates))
+        g_gates = gates.map(torch.zeros_like)
         for i in reversed(range(group[2])):
             g_first = chunk_back(chunks, steps.pop(), g_out, g, gates_at(g_gates, i, layers))
             if A and at + i == 0:
@@ -351,7 +350,7 @@ def walk(chunks: Chunks, group, gates, M, S, A) -> list[tuple]:
         q, k, v = chunks.cut(begin_i, width)
         first = chunks.low(A) if A and i == 0 else low
         w = write_pass(first, k, v, chunks.norm, chunks.run)
-        each = [ChunkGates(*(None if x is None else x.detach() for x in g)) for g in each]
+        each = [g.map(Tensor.detach) for g in each]
         steps.append((begin_i, (q, k, v), M, S, low, first, w, each))
         if i + 1 < count:
             M, S = end_pass(M, S, w, each)
@@ -407,9 +406,9 @@ def read_layer_back(x, R, W, S, h, d, gates: ChunkGates, g_y, g_gates: ChunkGate
     g_gates.beta.add_((U * x).sum(-1, keepdim=True))
     g_x = (beta * U).baddbmm_(g_R, h, alpha=-1)
     reads = [beta * g_y, None]
-    if gates.phi is not None:
-        phi, U = gates.phi.to(x.dtype), g_y @ S.mT
-        g_gates.phi.add_((U * x).sum(-1, keepdim=True))
+    if gates.surprise is not None and g_gates.surprise is not None:
+        phi, U = gates.surprise.phi.to(x.dtype), g_y @ S.mT
+        g_gates.surprise.phi.add_((U * x).sum(-1, keepdim=True))
         g_x.addcmul_(phi, U)
         reads[1] = phi * g_y
     return g_x, (g_R.mT @ x).neg_(), ((R * G).mT @ g_y).neg_(), reads
@@ -423,23 +422,24 @@ def end_back(M, S, h, d, gates: ChunkGates, g_M, g_S, g_h, g_d, g_gates: ChunkGa
     g_d.baddbmm_(last * h, low, alpha=-1)
     g_gates.writes[:, -1].sub_((U * h).sum(-1))
     g_gates.beta[:, -1].add_((M * g_M).sum((-2, -1))[:, None])
-    if gates.end_mu is None:
+    if gates.surprise is None or g_gates.surprise is None:
         return
-    low, last = g_S.to(h.dtype), gates.end_writes.to(h.dtype)
+    low, last = g_S.to(h.dtype), gates.surprise.end_writes.to(h.dtype)
     U = d @ low.mT
     g_h.addcmul_(last, U, value=-1)
     g_d.baddbmm_(last * h, low, alpha=-1)
-    g_gates.end_writes.sub_((U * h).sum(-1, keepdim=True))
-    g_gates.phi[:, -1].add_((S * g_M).sum((-2, -1))[:, None])
-    g_gates.end_mu.add_((S * g_S).sum((-2, -1), keepdim=True))
+    phi, end, end_writes = g_gates.surprise
+    end_writes.sub_((U * h).sum(-1, keepdim=True))
+    phi[:, -1].add_((S * g_M).sum((-2, -1))[:, None])
+    end.add_((S * g_S).sum((-2, -1), keepdim=True))
 
 
 def state_back(gates: ChunkGates, g_M, g_S, reads, x):
     """The state's gradient before the chunk, but for what the gradient point adds."""
     before = add_product(gates.beta[:, -1:] * g_M, x.mT, reads[0])
-    if gates.end_mu is None:
+    if gates.surprise is None:
         return before, g_S
-    g_S = (gates.end_mu * g_S).addcmul_(gates.phi[:, -1:], g_M)
+    g_S = (gates.surprise.end * g_S).addcmul_(gates.surprise.phi[:, -1:], g_M)
     return before, add_product(g_S, x.mT, reads[1])
 
 
@@ -468,7 +468,8 @@ def write_back(chunks: Chunks, first, k, v, w: Writes, g_h, g_d, g: Gradients):
 
 def gates_back(chunks: Chunks, group, leaves, gates, g_gates, g: Gradients) -> None:
     """From the gradients in a group's `ChunkGates` to those in its gates, by autograd."""
-    pairs = [p for p in zip(gates, g_gates, strict=True) if p[0] is not None and p[0].requires_grad]
+    pairs = zip(gates.tensors(), g_gates.tensors(), strict=True)
+    pairs = [(x, g_x) for x, g_x in pairs if x.requires_grad]
     outputs, sums = zip(*pairs, strict=True)
     found = iter(torch.autograd.grad(outputs, [x for x in leaves if x is not None], sums))
     begin, width, count = group

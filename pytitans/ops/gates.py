@@ -8,6 +8,7 @@ out of the sums that make G and phi: S is not added to M there. Nothing is divid
 gates, which may be 0. Axes: see `pytitans.shapes`.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -17,14 +18,29 @@ from torch import Tensor
 LOG_ZERO = -30.0  # a gate below e^-30 is 0: sums of larger logarithms would drown their neighbours
 
 
+class SurpriseGates(NamedTuple):
+    """What is left of S in M at each token, and after the last one what is left in S."""
+
+    phi: Float[Tensor, "*b C 1"]  # of S, in M
+    end: Float[Tensor, "*b 1 1"]  # of S, in S
+    end_writes: Float[Tensor, "*b C 1"]  # of each write, in S
+
+
 class ChunkGates(NamedTuple):
     """How much of the chunk's start, and of each write in it, is left at each token."""
 
     beta: Float[Tensor, "*b C 1"]  # of M, in M
-    phi: Float[Tensor, "*b C 1"] | None  # of S, in M
     writes: Float[Tensor, "*b C C"]  # G: of each write, in M
-    end_mu: Float[Tensor, "*b 1 1"] | None  # of S, in S after the last token
-    end_writes: Float[Tensor, "*b C 1"] | None  # of each write, in S after the last token
+    surprise: SurpriseGates | None  # None: momentum is switched off
+
+    def map(self, f: Callable[[Tensor], Tensor]) -> "ChunkGates":
+        s = self.surprise
+        return ChunkGates(
+            f(self.beta), f(self.writes), None if s is None else SurpriseGates(*map(f, s))
+        )
+
+    def tensors(self) -> list[Tensor]:
+        return [self.beta, self.writes, *(self.surprise or ())]
 
 
 def decay_matrix(log_gate: Float[Tensor, "*b C"]) -> Float[Tensor, "*b C C"]:
@@ -52,8 +68,8 @@ def chunk_gates(lr, log_momentum, log_decay, mask=None) -> ChunkGates:
     A = decay_matrix(torch.zeros_like(lr) if log_decay is None else log_decay)
     beta = torch.ones_like(lr)[..., None] if log_decay is None else running_product(log_decay)
     if log_momentum is None:
-        return ChunkGates(beta, None, A * lr[..., None, :], None, None)
+        return ChunkGates(beta, A * lr[..., None, :], None)
     mu, in_S = running_product(log_momentum), decay_matrix(log_momentum) * lr[..., None, :]
     adds_S = A if mask is None else A * mask[..., None, :]
-    end = mu[..., -1:, :], in_S[..., -1, :, None]
-    return ChunkGates(beta, adds_S @ mu, adds_S @ in_S, *end)
+    surprise = SurpriseGates(adds_S @ mu, mu[..., -1:, :], in_S[..., -1, :, None])
+    return ChunkGates(beta, adds_S @ in_S, surprise)

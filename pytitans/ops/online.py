@@ -61,8 +61,8 @@ def online_memory(
         else:
             kw = k_.to(wide)
             right = before_write(g.beta, 1.0) * (kw @ M) - v_
-            if g.phi is not None:
-                right = right + before_write(g.phi, 0.0) * (kw @ S)
+            if g.surprise is not None:
+                right = right + before_write(g.surprise.phi, 0.0) * (kw @ S)
             weights = before_write(g.writes, 0.0) * (kw @ kw.mT)
             d = torch.linalg.solve_triangular(weights, right, upper=False, unitriangular=True)
         d = d.to(narrow)
