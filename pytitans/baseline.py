@@ -1,4 +1,4 @@
-"""The model to compare with: a sliding-window Transformer with as many parameters as a Titans model."""
+"""What to compare with: a sliding-window Transformer with as many parameters as a Titans model."""
 
 import torch
 from transformers import AutoModelForCausalLM, MistralConfig, PreTrainedConfig
@@ -7,10 +7,10 @@ from pytitans.models import TitansConfig
 
 
 def baseline_like(config: TitansConfig) -> MistralConfig:
-    """Hugging Face's Mistral (Llama with a window) of config's width, depth, heads, window and vocabulary.
+    """Hugging Face's Mistral (Llama with a window) of config's width, depth, heads and vocabulary.
 
-    Its feed-forward layers are made wider or narrower until its parameters equal those of the Titans
-    model, to within half a unit of width in each layer.
+    Its window is what the Titans model's attention spans. Its feed-forward layers are made wider or
+    narrower until it has the parameters of the Titans model, to half a unit of width in each layer.
     """
     baseline = MistralConfig(
         vocab_size=config.vocab_size,

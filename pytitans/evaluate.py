@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from pytitans.data.text import Document
-from pytitans.data.tokenizers import check_vocabulary
+from pytitans.data.tokenizer import check_vocabulary
 from pytitans.data.windows import IGNORED, ScoredWindows, tokenize
 
 

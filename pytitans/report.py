@@ -11,7 +11,7 @@ from transformers import TrainerCallback, TrainingArguments
 
 
 class Progress(TrainerCallback):
-    """A bar with the loss in bits per byte and the pace; one line for each evaluation and checkpoint.
+    """A bar with the loss in bits per byte and the pace; a line for each evaluation and checkpoint.
 
     Args:
         bits: bits per byte of a loss of 1 nat per token.

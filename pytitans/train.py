@@ -1,8 +1,8 @@
 """Training any Hugging Face causal model on text, on `transformers.Trainer`.
 
-AdamW (0.9, 0.95) with weight decay on matrices only, cosine schedule with warm-up, clipped gradients,
-bf16 autocast where the hardware has it. Steps are the unit: runs of equal steps, batch and length see the
-same windows of text in the same order, whatever the model.
+AdamW (0.9, 0.95) with weight decay on matrices only, cosine schedule with warm-up, clipped
+gradients, bf16 autocast where the hardware has it. Steps are the unit: runs of equal steps, batch
+and length see the same windows of text in the same order, whatever the model.
 """
 
 import copy
@@ -17,10 +17,11 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import transformers
@@ -39,7 +40,7 @@ from transformers import (
 from transformers.trainer_utils import get_last_checkpoint
 
 from pytitans.data.text import TextData, head, load_text
-from pytitans.data.tokenizers import check_vocabulary
+from pytitans.data.tokenizer import check_vocabulary
 from pytitans.data.windows import DrawnWindows, ScoredWindows, tokenize
 from pytitans.evaluate import window_nll
 from pytitans.report import Progress, plot_losses
@@ -65,17 +66,30 @@ DEFAULT_RUN: dict[str, Any] = {
 }
 
 
+def has_bf16() -> bool:
+    """Whether bf16 matmuls are faster than float32 ones here."""
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
 @dataclass
 class TrainArguments(TrainingArguments):
     """Hugging Face's TrainingArguments with this project's defaults and two options more.
 
     Args:
-        output_dir: Where checkpoints, the model, logs and the loss curve go; runs/VARIANT if not given.
-        max_steps: Optimizer steps.
-        max_minutes: Minutes of training, instead of max_steps: a few steps are timed, and as many
-            are planned as fit, so that the schedule ends in time.
-        eval_bytes: UTF-8 bytes of the validation text that are scored at each evaluation.
-        bf16: bf16 autocast; if not given, where the hardware has bf16 matmuls.
+        output_dir: where checkpoints, model, logs and loss curve go; runs/VARIANT if not given
+        max_steps: optimizer steps; short: --steps
+        max_minutes: minutes of training, instead of max_steps: a few steps are timed, and as many
+            planned as fit
+        per_device_train_batch_size: sequences of a step, on each device
+        learning_rate: its peak, after the warm-up
+        warmup_steps: steps, or a share of all below 1
+        bf16: bf16 autocast; the default is whether the hardware here has bf16 matmuls
+        eval_steps: steps between evaluations, or a share of all below 1
+        eval_bytes: UTF-8 bytes of the validation text that are scored at each evaluation
+        save_steps: steps between checkpoints, or a share of all below 1
+        seed: of the first weights and of the order of the text
     """
 
     output_dir: str | None = None
@@ -90,13 +104,13 @@ class TrainArguments(TrainingArguments):
     weight_decay: float = 0.1
     adam_beta2: float = 0.95
     max_grad_norm: float = 1.0
-    bf16: bool | None = None
+    bf16: bool = field(default_factory=has_bf16)
     eval_strategy: str = "steps"
     eval_steps: float | None = 0.25
     save_steps: float = 0.25
     save_total_limit: int | None = 2
     logging_steps: float = 0.02
-    report_to: None | str | list[str] = "tensorboard"
+    report_to: str | list[str] | None = "tensorboard"
     disable_tqdm: bool | None = True
     seed: int = 0
 
@@ -106,16 +120,7 @@ class TrainArguments(TrainingArguments):
         if self.max_minutes is not None and self.max_minutes <= 0:
             raise ValueError(f"max_minutes={self.max_minutes}: give a time above 0")
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()  # asked for by bf16
-        if self.bf16 is None:
-            self.bf16 = not self.fp16 and has_bf16(self.use_cpu)
         super().__post_init__()
-
-
-def has_bf16(use_cpu: bool) -> bool:
-    """Whether bf16 matmuls are faster than float32 ones here."""
-    if torch.cuda.is_available() and not use_cpu:
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def train(
@@ -126,11 +131,11 @@ def train(
     *,
     checkpoint: str | None = None,
 ) -> dict[str, Any]:
-    """Trains the model and saves it with its tokenizer, `run.json` and `loss.png` in args.output_dir.
+    """Trains the model; saves it, its tokenizer, `run.json` and `loss.png` in args.output_dir.
 
-    From a `checkpoint` of the same run it goes on to the very weights that it would have had without
-    the stop. Returns what `run.json` holds. Raises KeyboardInterrupt, with a checkpoint saved, when
-    stopped by SIGINT or SIGTERM; ValueError for bad input, before training.
+    From a `checkpoint` of the same run it goes on to the very weights that it would have had
+    without the stop. Returns what `run.json` holds. Raises KeyboardInterrupt, with a checkpoint
+    saved, when stopped by SIGINT or SIGTERM; ValueError for bad input, before training.
     """
     check_vocabulary(tokenizer, model.config.get_text_config().vocab_size)
     texts = load_text(data, ("train", "validation"))
@@ -182,6 +187,7 @@ def train(
             "transformers": transformers.__version__,
         },
     }
+    model.config.use_cache = True
     save(trainer, facts, bits)
     return facts
 
@@ -208,7 +214,7 @@ class KeepCacheOn(TrainerCallback):
 
 
 class StopOnSignal(TrainerCallback):
-    """Ends training after the current step, with a checkpoint, on SIGINT or SIGTERM to any process."""
+    """Ends training after the step, with a checkpoint, on SIGINT or SIGTERM to any process."""
 
     def __init__(self):
         self.asked = False
@@ -281,15 +287,14 @@ def seconds_per_step(model, args: TrainArguments, windows: Dataset, steps: int =
         times = []
         for _ in range(2 + steps):
             began = time.perf_counter()
-            for _ in range(args.gradient_accumulation_steps):
-                with torch.autocast(args.device.type, torch.bfloat16, enabled=bool(args.bf16)):
-                    loss = trial(**batch, use_cache=False).loss
-                loss.backward()
+            with torch.autocast(args.device.type, torch.bfloat16, enabled=args.bf16):
+                loss = trial(**batch, use_cache=False).loss
+            loss.backward()
             optimizer.step()
             optimizer.zero_grad()
             loss.item()  # waits for the device
             times.append(time.perf_counter() - began)
-    return statistics.median(times[2:])
+    return statistics.median(times[2:]) * args.gradient_accumulation_steps
 
 
 def nll_of_outputs(logits, labels):
@@ -298,7 +303,7 @@ def nll_of_outputs(logits, labels):
 
 
 def bits_per_byte(scored: EvalPrediction, size: int) -> float:
-    return float(scored.predictions.astype("float64").sum()) / math.log(2) / size
+    return float(np.asarray(scored.predictions, np.float64).sum()) / math.log(2) / size
 
 
 def last_metric(state: TrainerState, name: str) -> float | None:
@@ -308,7 +313,6 @@ def last_metric(state: TrainerState, name: str) -> float | None:
 def save(trainer: Trainer, facts: dict[str, Any], bits: float) -> None:
     """The model, its tokenizer, the facts and the loss curve, in the run's folder."""
     folder = Path(trainer.args.output_dir or "")
-    trainer.model.config.use_cache = True
     trainer.save_model()
     if trainer.is_world_process_zero():
         (folder / FACTS).write_text(json.dumps(facts, indent=2, default=str))

@@ -1,8 +1,8 @@
 """Where text comes from and how it is split: names -> sources -> documents.
 
-A *source* is a piece of text with a name, not read yet: a file, a member of a zip archive, a split of
-a Hugging Face dataset. `find_sources` lists them, `split_sources` shares them out, `read` turns one
-into a *document*. The split needs names only, so what a run does not use is never read.
+A *source* is a piece of text with a name, not read yet: a file, a member of a zip archive, a split
+of a Hugging Face dataset. `find_sources` lists them, `split_sources` shares them out, `read` turns
+one into a *document*. The split needs names only, so what a run does not use is never read.
 """
 
 import glob
@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 STDLIB = "stdlib"
 HUB = "hub:"
@@ -26,7 +26,7 @@ PLAIN = {".txt", ".md", ".rst", ".py", ".tex", ".html", ".c", ".h", ".js", ".ts"
 HELD_OUT = 0.05  # share of the validation text, and of the test text, where no names are given
 
 Split = Literal["train", "validation", "test"]
-SPLITS: tuple[Split, ...] = ("train", "validation", "test")
+SPLITS: tuple[Split, ...] = get_args(Split)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,14 +34,14 @@ class TextData:
     """Which text to read and how to split it.
 
     Args:
-        files: Files, directories, globs (plain text, .xz, .gz, .zip), hub:NAME[:CONFIG] for a
-            Hugging Face dataset, or `stdlib`, the source text of this Python's standard library.
-        validation: Names or globs of the files to validate on (`moby-dick`, `*/valid*.txt`): those
-            among `files`, or others. Without any, 5 % of the files (of each file if they are few).
-        test: Likewise for the final test.
-        text_column: The column that holds the text of a Hugging Face dataset.
-        tokenizer: `bytes`, or a Hugging Face tokenizer by folder or hub name.
-        sequence_length: Tokens of one training example, and of a window of validation.
+        files: files, folders, globs (plain, .xz, .gz, .zip), hub:NAME[:CONFIG] for a Hugging Face
+            dataset, or `stdlib`, the source text of Python's own library; short: --data
+        validation: names or globs of files to validate on, among `files` or not; without any, 5 %
+            of the files (of each file if they are few)
+        test: likewise for `titans eval --split test`
+        text_column: the column that holds the text of a Hugging Face dataset
+        tokenizer: `bytes`, or a Hugging Face tokenizer by folder or hub name
+        sequence_length: tokens of a training example, and of a window of validation
     """
 
     files: Sequence[str] = (STDLIB,)
@@ -76,12 +76,13 @@ class Source(NamedTuple):
     optional: bool = False  # whether to go on without it where it cannot be read
 
 
-def load_text(data: TextData, splits: Iterable[Split] = SPLITS) -> dict[str, list[Document]]:
-    """The documents of each split asked for, ordered by a hash of their names.
+def load_text(data: TextData, splits: Iterable[str] = SPLITS) -> dict[str, list[Document]]:
+    """The documents of each split asked for ("all": every one), ordered by a hash of their names.
 
-    Raises ValueError, naming the value and the remedy, if something is missing, empty or unreadable.
+    Raises ValueError, naming the value and the remedy, if something is missing or unreadable.
     """
     shared = split_sources(data)
+    shared["all"] = find_sources(data.files, data.text_column) if "all" in splits else []
     return {split: read_all(shared[split], split) for split in splits}
 
 
@@ -89,8 +90,8 @@ def split_sources(data: TextData) -> dict[str, list[Source]]:
     """Which source serves which split.
 
     With names given, the sources that match them; all others train. Otherwise as the dataset's
-    publisher says; otherwise a hash of the name holds out 5 % for validation and 5 % for test. Where
-    that leaves a split empty, every file gives its last tenth: 5 % and 5 %.
+    publisher says; otherwise a hash of the name holds out 5 % for validation and 5 % for test.
+    Where that leaves a split empty, every file gives its last tenth: 5 % and 5 %.
     """
     sources = find_sources(data.files, data.text_column)
     if data.validation or data.test:
@@ -154,8 +155,8 @@ def find(name: str, text_column: str) -> list[Source]:
             files = [path]
         if not files:
             raise ValueError(
-                f"{name!r} is no file, directory or glob that matches one: check the path, or write "
-                f"{HUB}{name} for a Hugging Face dataset"
+                f"{name!r} is no file, directory or glob that matches one: check the path, or "
+                f"write {HUB}{name} for a Hugging Face dataset"
             )
     return [source for file in sorted(files) for source in file_sources(file, root_of(files))]
 
@@ -197,7 +198,7 @@ def stdlib_sources() -> list[Source]:
 
 
 def hub_sources(name: str, text_column: str) -> list[Source]:
-    """One source for each split of a Hugging Face dataset (a hub name or a local folder of data)."""
+    """One source for each split of a Hugging Face dataset (a hub name, or a folder of data)."""
     import datasets
 
     path, _, config = name.removeprefix(HUB).partition(":")
@@ -212,7 +213,7 @@ def hub_sources(name: str, text_column: str) -> list[Source]:
             raise ValueError(
                 f"{name!r} has no column {text_column!r}: choose --data.text_column among {columns}"
             )
-        split = next((split for split in SPLITS if str(key).startswith(split[:5])), None)
+        split: Split | None = next((s for s in SPLITS if str(key).startswith(s[:5])), None)
         label = f"{path}/{key}"
         join = lambda rows=rows: "\n".join(rows[text_column])  # noqa: E731
         sources.append(Source(label, f"{name}/{key}", join, split))

@@ -1,12 +1,12 @@
 """Token arrays and the windows cut from them, for training (drawn) and for scoring (in order).
 
 A file with at least a window's tokens is a *stream* of its own; shorter files are joined into one
-stream. Every file begins with eos, so the first token of a text has something to follow and a
-stream looks the same to training, scoring and the end of generation. A window never leaves its stream.
+stream. Every file begins with eos, so the first token of a text has something to follow, and the
+end of one text is what a model learns to end with. A window never leaves its stream.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerFast
 
 from pytitans.data.text import Document
-from pytitans.data.tokenizers import encode
+from pytitans.data.tokenizer import encode
 
 IGNORED = -100  # a label that is not scored
 
@@ -33,7 +33,7 @@ def tokenize(
     tokenizer: PreTrainedTokenizerFast, documents: Sequence[Document], length: int
 ) -> TokenText:
     """The documents' ids, in streams for windows of `length` tokens."""
-    eos = tokenizer.eos_token_id
+    eos = cast(int, tokenizer.eos_token_id)
     long, short, size, count = [], [], 0, 0
     for document in documents:
         ids = encode(tokenizer, document.text)
@@ -76,7 +76,7 @@ class ScoredWindows(Dataset):
     """Windows in order, in which every token of the text is a scored label exactly once.
 
     A window begins `stride` tokens after the one before and scores the tokens that it adds; the
-    default, `length - 1`, is the longest: only one token of each window is context alone. eos between
+    default, `length - 1`, is the longest: one token of a window is context alone. The eos between
     files is context and not scored. The last window of a stream is filled up with eos.
     """
 

@@ -1,8 +1,8 @@
 """Text -> ids. The byte tokenizer needs no files; any other is a Hugging Face tokenizer.
 
-A byte's id is the byte: ids 0 to 255, then <|eos|> 256, which begins and ends every text, and <|pad|>
-257. Encoding for training is one numpy view; the same ids come from the tokenizer that is saved with
-the model, a merge-less byte-level BPE which `AutoTokenizer` loads.
+A byte's id is the byte: ids 0 to 255, then <|eos|> 256, which begins and ends every text, and
+<|pad|> 257. Encoding for training is one numpy view; the same ids come from the tokenizer that is
+saved with the model, a merge-less byte-level BPE which `AutoTokenizer` loads.
 """
 
 from pathlib import Path
@@ -18,8 +18,8 @@ EOS, PAD = "<|eos|>", "<|pad|>"
 def load_tokenizer(name: str = BYTES) -> PreTrainedTokenizerFast:
     """`bytes`, or a Hugging Face tokenizer by folder or hub name, with eos and pad tokens set.
 
-    A folder that holds nothing but a SentencePiece `tokenizer.model` is read by `LlamaTokenizer`, one
-    with `vocab.json` and `merges.txt` by `GPT2Tokenizer`. Raises ValueError if there is none.
+    A folder that holds nothing but a SentencePiece `tokenizer.model` is read by `LlamaTokenizer`,
+    one with `vocab.json` and `merges.txt` by `GPT2Tokenizer`. Raises ValueError if there is none.
     """
     if name == BYTES:
         return byte_tokenizer()
@@ -72,7 +72,7 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def byte_letters() -> list[str]:
-    """The letter that byte-level BPE writes for each byte: itself if printable, else from 256 on."""
+    """The letter by which byte-level BPE writes a byte: itself if printable, else from 256 on."""
     printable = {*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     rest = iter(range(256, 512))
     return [chr(byte if byte in printable else next(rest)) for byte in range(256)]

@@ -1,0 +1,210 @@
+"""What the commands accept: options made from the fields of the classes they configure.
+
+`--data.X` is a field of TextData, `--model.X` of TitansConfig, `--train.X` of TrainArguments, and
+so in a YAML file. Help comes from their docstrings; jsonargparse checks types and reads files.
+"""
+
+import argparse
+import dataclasses
+import re
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser, Namespace
+
+EXAMPLES = {
+    "train": """\
+examples:
+  titans train                                   the default model on Python's own source text
+  titans train --variant mag --steps 2000        another architecture, longer
+  titans train --variant transformer             sliding-window Transformer of equal parameters
+  titans train --data notes/ book.txt.gz         files, folders, globs; .xz .gz .zip as they are
+  titans train --data hub:Salesforce/wikitext:wikitext-103-raw-v1
+  titans train --preset 170m --data.tokenizer gpt2 --train.per_device_train_batch_size 4
+  titans train --config run.yaml --train.seed 1  a file, then overrides
+  titans train --print_config > run.yaml         the file of a run
+  titans train --resume runs/mac                 go on from the last checkpoint
+  torchrun --nproc-per-node 2 -m pytitans.cli train
+
+--help-all shows every option of the model and of Hugging Face's TrainingArguments.""",
+    "eval": """\
+examples:
+  titans eval --model runs/mac                            the validation text it was trained beside
+  titans eval --model runs/mac --split test --output test.json
+  titans eval --model runs/mac --data book.txt --split all --data.sequence_length 4096
+  titans eval --model gpt2 --data book.txt --split all    any Hugging Face causal model""",
+    "generate": """\
+examples:
+  titans generate --model runs/mac --prompt "import os"
+  titans generate --model runs/mac --prompt "Call me" --temperature 0 --max-new-tokens 500""",
+    "info": """\
+examples:
+  titans info --preset 760m
+  titans info --preset 760m --variant lmm --model.chunk_size 64
+  titans info --checkpoint runs/mac""",
+}
+
+SHORT = {
+    "--data": "--data.files",
+    "--variant": "--model.variant",
+    "--steps": "--train.max_steps",
+}
+SHOWN = {  # by --help; --help-all shows the rest
+    "train": {
+        "": "config print_config preset resume",
+        "data.": "files validation test tokenizer sequence_length",
+        "model.": "variant hidden_size num_hidden_layers num_attention_heads intermediate_size "
+        "memory_depth chunk_size segment_len window num_persistent",
+        "train.": "output_dir max_steps max_minutes per_device_train_batch_size learning_rate "
+        "warmup_steps bf16 eval_steps eval_bytes save_steps seed",
+    },
+    "info": {
+        "": "config print_config preset checkpoint",
+        "model.": "variant vocab_size hidden_size num_hidden_layers num_attention_heads "
+        "intermediate_size memory_depth chunk_size segment_len window num_persistent",
+    },
+}
+RUN_FILE = "run.yaml"
+VARIANTS = ("mac", "mag", "mal", "lmm", "transformer")
+FIELD = re.compile(r"^ {4,8}([a-z]\w*(?:, \w+)*)(?: \(.*\))?:\s", re.MULTILINE)  # in a docstring
+
+
+def new_parser(command: str, description: str) -> "ArgumentParser":
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser(
+        prog=f"titans {command}",
+        usage=f"titans {command} [options]",
+        description=description,
+        epilog=EXAMPLES[command],
+        formatter_class=Formatter,
+        exit_on_error=False,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", action="config", help="a YAML file of options")
+    return parser
+
+
+class Formatter(argparse.RawDescriptionHelpFormatter):
+    """Help in two columns, with the default where there is one."""
+
+    def __init__(self, prog: str):
+        super().__init__(prog, max_help_position=40)
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        if action.dest == "print_config":
+            return "print the options as YAML and stop"
+        shown = action.default not in (None, argparse.SUPPRESS, (), [])
+        return (action.help or "") + (" (%(default)s)" if shown and action.option_strings else "")
+
+    def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
+        return action.dest.split(".")[-1].upper()
+
+
+def add_fields(parser: "ArgumentParser", group: str, cls: type, skip: Iterable[str] = ()) -> None:
+    """`--group.NAME` for each field of a dataclass, with the help of its docstring."""
+    section = parser.add_argument_group(f"--{group}.X")
+    docs = documented(cls)
+    for field in dataclasses.fields(cls):
+        if field.name in skip or not field.init:
+            continue
+        default = field.default
+        if field.default_factory is not dataclasses.MISSING:
+            default = field.default_factory()
+        several = field.type == Sequence[str]
+        section.add_argument(
+            f"--{group}.{field.name}",
+            type=str if several else field.type,
+            nargs="*" if several else None,
+            default=list(default) if isinstance(default, tuple) else default,
+            help=docs.get(field.name, ""),
+            metavar=field.name.split("_")[-1].upper(),
+        )
+
+
+def documented(cls: type) -> dict[str, str]:
+    """Field -> its text in the docstrings of the class and its bases, in one line."""
+    docs: dict[str, str] = {}
+    for base in reversed(cls.__mro__):
+        _, *parts = FIELD.split(base.__doc__ or "")
+        for names, text in zip(parts[::2], parts[1::2], strict=True):
+            line = " ".join(text.split("\n\n")[0].split()).replace("%", "%%")
+            line = line if len(line) < 240 else line[:240].rsplit(" ", 1)[0] + " ..."
+            docs |= {name.strip(): line for name in names.split(",")}
+    return docs
+
+
+def add_model_arguments(parser: "ArgumentParser") -> None:
+    """`--preset`, and `--model.X`: the fields of TitansConfig that describe a shape."""
+    from transformers import PreTrainedConfig
+
+    from pytitans.models import TitansConfig
+    from pytitans.train import DEFAULT_RUN
+
+    parser.add_argument("--preset", type=str | None, help="a size of the paper: 170m, 340m, ...")
+    inherited = {field.name for field in dataclasses.fields(PreTrainedConfig)}
+    own = {"variant", "vocab_size", "use_cache", "bos_token_id", "eos_token_id", "pad_token_id"}
+    add = parser.add_argument
+    add("--model.variant", type=Literal[VARIANTS], help="architecture; short: --variant")  # type: ignore
+    add("--model.vocab_size", type=int | None, help="rows of the embedding; the tokenizer's size")
+    add_fields(parser, "model", TitansConfig, skip=inherited | own)
+    parser.set_defaults({k: v for k, v in DEFAULT_RUN.items() if k.startswith("model.")})
+
+
+def add_train_arguments(parser: "ArgumentParser") -> None:
+    """`--train.X`, and the whole default run as defaults."""
+    from pytitans.train import DEFAULT_RUN, TrainArguments
+
+    add_fields(parser, "train", TrainArguments, skip={"parallelism_config"})  # cannot be written
+    parser.set_defaults(DEFAULT_RUN)
+
+
+def parse(parser: "ArgumentParser", command: str, argv: list[str]) -> "Namespace":
+    """The options; --help lists the main ones, --help-all all. A preset sets model defaults."""
+    if "--help-all" in argv:
+        argv = ["--help"]
+    elif {"-h", "--help"} & set(
+        argv
+    ):  # only then: jsonargparse does not save what it does not show
+        hide_rare(parser, command)
+    options = parser.parse_args(argv)
+    if getattr(options, "preset", None):
+        from pytitans.presets import model_preset
+
+        preset = model_preset(options.preset)
+        parser.set_defaults({f"model.{name}": value for name, value in preset.items()})
+        options = parser.parse_args(argv)
+    return options
+
+
+def hide_rare(parser: "ArgumentParser", command: str) -> None:
+    if command in SHOWN:
+        shown = {group + name for group, names in SHOWN[command].items() for name in names.split()}
+        for action in parser._actions:
+            if action.dest not in shown | {"help"}:
+                action.help = argparse.SUPPRESS
+
+
+def resumed(argv: list[str]) -> list[str]:
+    """With --resume FOLDER: the options the run was started with come first, its folder last."""
+    values = [v for flag, v in pairwise(argv) if flag == "--resume"]
+    values += [v.removeprefix("--resume=") for v in argv if v.startswith("--resume=")]
+    if not values:
+        return argv
+    path = Path(values[-1]) / RUN_FILE
+    if not path.is_file():
+        raise ValueError(
+            f"{values[-1]!r} holds no run: there is no {path}; start one without --resume"
+        )
+    return ["--config", str(path), *argv, "--train.output_dir", values[-1]]
+
+
+def long_name(option: str) -> str:
+    """The option in full, with underscores: --steps=3 -> --train.max_steps=3."""
+    name, equals, value = option.partition("=")
+    if name.startswith("--") and name != "--help-all":
+        name = "--" + name[2:].replace("-", "_")
+    return SHORT.get(name, name) + equals + value
