@@ -21,6 +21,7 @@ from pytitans.ops import MemoryState, initial_state, neural_memory, retrieve
 
 GATE_FLOOR = 1e-4  # what a gate's sigmoid must exceed to open
 MOMENTUM_START = 0.8  # an untrained layer's momentum
+EMPTY = 0.3  # size of M_0's answers
 FORGET_START = (
     1e-2,
     3e-4,
@@ -96,7 +97,7 @@ class NeuralMemory(nn.Module):
         expansion: float = 4,
         chunk_size: int = 64,
         activation: str = "silu",
-        norm: bool = True,
+        norm: bool = False,
         momentum: bool = True,
         decay: bool = True,
         conv_size: int = 4,
@@ -128,11 +129,14 @@ class NeuralMemory(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """M_0 answers a key of norm 1 with a value of about norm 1, as does LayerNorm's weight; the
+        """M_0's layers keep a key's norm but for the last, which answers little: an empty memory. The
         gates start so that a chunk of one repeated key moves the memory at most once towards its
-        value (row sums of C about 1), and heads forget at different speeds, as in RetNet."""
+        value (row sums of C about 1). Heads forget at different speeds, as in RetNet, and in their
+        last layer alone: a deep memory that forgets every layer goes to 0, where no gradient is."""
         for W in self.M_0:
             nn.init.normal_(W, std=self.head_dim**-0.5)
+        with torch.no_grad():
+            self.M_0[-1].mul_(EMPTY)
         if self.norm is not None:
             nn.init.constant_(self.norm_weight, self.head_dim**-0.5)
             nn.init.zeros_(self.norm_bias)
@@ -140,16 +144,17 @@ class NeuralMemory(nn.Module):
         has_momentum = "momentum" in self.gates
         step = min(((1 - MOMENTUM_START) if has_momentum else 1) / self.chunk_size, 0.5)
         heads, depth = self.num_heads, self.depth
-        slow = torch.linspace(0, 1, heads) if heads > 1 else torch.tensor([0.5])
-        forget = FORGET_START[0] * (FORGET_START[1] / FORGET_START[0]) ** slow
+        fast, slow = (closing_logit(rate) for rate in FORGET_START)
         start = {
             "lr": torch.full((heads,), closing_logit(step)),
             "momentum": torch.full((heads,), math.log(MOMENTUM_START / (1 - MOMENTUM_START))),
-            "decay": torch.tensor([closing_logit(a) for a in forget.tolist()]),
+            "decay": torch.linspace(fast, slow, heads) if heads > 1 else torch.tensor([slow]),
         }
         with torch.no_grad():
-            bias = torch.cat([start[name] for name in self.gates])
-            self.to_gates.bias.copy_(bias.repeat_interleave(depth))
+            bias = torch.stack([start[name] for name in self.gates])[..., None].repeat(1, 1, depth)
+            if "decay" in self.gates:  # features outlive what was learned with them
+                bias[-1, :, :-1] = closing_logit(0.0)
+            self.to_gates.bias.copy_(bias.flatten())
 
     def initial_state(self, batch_size: int = 1) -> LayerState:
         """The state before a sequence's first token: M_0, no surprise, no tokens. What is written

@@ -43,7 +43,7 @@ class TitansConfig(PreTrainedConfig):
     memory_depth: int = 2
     memory_expansion: int | float = 4
     memory_activation: Literal["silu", "gelu"] = "silu"
-    memory_norm: bool = True
+    memory_norm: bool = False
     memory_momentum: bool = True
     memory_decay: bool = True
     conv_size: int = 4
