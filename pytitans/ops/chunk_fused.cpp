@@ -356,7 +356,7 @@ class Head {
   T *score, *square, *square2, *rounded, *rounded2, *scaled, *scaled2, *lanes, *unit, *error;
   T* g_residual;
   const T* at[MAX_GROUP];
-  int64_t final_token;
+  int64_t live;  // tokens of the chunk at hand: sums over tokens stop there
   Write<T> writes[MAX_GROUP];
   Gates<T> gates[MAX_GROUP][MAX_LAYERS];
   T* states[MAX_GROUP];
@@ -547,7 +547,7 @@ void Head<T>::read_layer(int l, const T* W, const T* S, const Write<T>& w, const
   for (int64_t i = 0; i < C * C; i++) score[i] = R[l][i] * g.GT[i];
   multiply<T>({W, 1, out, x[l], C, y[l], C, 1, g.beta}, out, C, in);
   if (S) multiply<T>({S, 1, out, x[l], C, y[l], C, 1, g.phi, y[l]}, out, C, in);
-  multiply<T>({w.d[l], C, 1, score, C, y[l], C, -1, nullptr, y[l]}, out, C, C);
+  multiply<T>({w.d[l], C, 1, score, C, y[l], C, -1, nullptr, y[l]}, out, C, live);
 }
 
 // Token-major, each token's row multiplied by its factor.
@@ -568,10 +568,10 @@ void Head<T>::end_layer(int l, const T* W, const T* S, T* W1, T* S1, const Write
                         const Gates<T>& g) {
   int64_t in = n[l], out = n[l + 1], ld = padded(out);
   const T* write = turned(w.d[l], out, g.end_M, rounded);
-  multiply<T>({w.h[l], C, 1, write, ld, W1, out, -1, nullptr, W, g.end_beta, S, g.end_phi}, in, out, C);
+  multiply<T>({w.h[l], C, 1, write, ld, W1, out, -1, nullptr, W, g.end_beta, S, g.end_phi}, in, out, live);
   if (!S) return;
   write = turned(w.d[l], out, g.end_S, rounded);
-  multiply<T>({w.h[l], C, 1, write, ld, S1, out, -1, nullptr, S, g.end_mu}, in, out, C);
+  multiply<T>({w.h[l], C, 1, write, ld, S1, out, -1, nullptr, S, g.end_mu}, in, out, live);
 }
 
 template <class T>
@@ -602,6 +602,7 @@ void Head<T>::forward(int64_t head) {
       if (a.anchor[0] && (c == std::max<int64_t>(last, 0)))
         std::copy_n(first[l], n[l] * n[l + 1], of_head(a.anchor, l, head));
     }
+    live = s.width;
     for (int set = 0; set < sets; set++) form_gates(s, set, gates[0][set]);
     load(a.q, n[0], s, q), load(a.k, n[0], s, k), load(a.v, n[L], s, v);
     write_pass(first, writes[0]);
@@ -659,9 +660,9 @@ void Head<T>::read_back(int l, const T* W, const T* S, T* g_M, T* g_S, const T* 
       for (int64_t i = ib; i < ib + 16; i++) dG[set][i * C + j] -= square[j * C + i] * R[l][j * C + i];
   for (int64_t i = 0; i < C * C; i++) score[i] = R[l][i] * g.GT[i], square[i] *= g.GT[i];
   turn(score, C, C, C, square2, C);
-  multiply<T>({g_y, C, 1, square2, C, gd[l], C, -1}, out, C, C);
+  multiply<T>({g_y, C, 1, square2, C, gd[l], C, -1}, out, C, live);
   turn(square, C, C, C, square2, C);
-  multiply<T>({x[l], C, 1, square2, C, gh[l], C, -1}, in, C, C);
+  multiply<T>({x[l], C, 1, square2, C, gh[l], C, -1}, in, C, live);
 
   T *at_beta = lanes, *at_phi = lanes + C, *at_M = lanes + 2 * C, *at_S = lanes + 3 * C;
   std::fill(lanes, lanes + 4 * C, T(0));
@@ -679,7 +680,7 @@ void Head<T>::read_back(int l, const T* W, const T* S, T* g_M, T* g_S, const T* 
         g_x[f * C + i] += g_one[f * C + i] * g.phi[i];
       }
   }
-  multiply<T>({w.h[l], C, 1, square, C, g_x, C, -1, nullptr, g_x}, in, C, C);
+  multiply<T>({w.h[l], C, 1, square, C, g_x, C, -1, nullptr, g_x}, in, C, live);
 
   multiply<T>({g_M, out, 1, w.d[l], C, g_one, C}, in, C, out);
   for (int64_t f = 0; f < in; f++)
@@ -701,17 +702,17 @@ void Head<T>::read_back(int l, const T* W, const T* S, T* g_M, T* g_S, const T* 
     d_beta[set][i] += at_beta[i], d_phi[set][i] += at_phi[i];
     d_end_S[set][i] -= at_S[i];
   }
-  int64_t size = in * out, tail = final_token;
+  int64_t size = in * out, tail = live - 1;
   for (int64_t j = 0; j < C; j++) dG[set][tail * C + j] -= at_M[j];
   d_beta[set][tail] += dot(W, g_M, size);
   if (S) {
     d_phi[set][tail] += dot(S, g_M, size);
     d_end_mu[set] += dot(S, g_S, size);
     const T* read = turned(g_y, out, g.phi, rounded);
-    multiply<T>({x[l], C, 1, read, ld, g_S, out, 1, nullptr, g_S, g.end_mu, g_M, g.end_phi}, in, out, C);
+    multiply<T>({x[l], C, 1, read, ld, g_S, out, 1, nullptr, g_S, g.end_mu, g_M, g.end_phi}, in, out, live);
   }
   const T* read = turned(g_y, out, g.beta, rounded);
-  multiply<T>({x[l], C, 1, read, ld, g_M, out, 1, nullptr, g_M, g.end_beta}, in, out, C);
+  multiply<T>({x[l], C, 1, read, ld, g_M, out, 1, nullptr, g_M, g.end_beta}, in, out, live);
 }
 
 // From gd[L - 1]: gz[L - 1] (false: none), error <- gradient in v, and k's in g_two if normed.
@@ -781,14 +782,14 @@ void Head<T>::write_back(const T* const* A, T* const* g_A, const Write<T>& w, in
     }
     multiply<T>({A[l + 1], 1, out, g_one, C, gd[l + 1], C, 1, nullptr, gd[l + 1]}, out, C, in);
     const T* write = turned(w.d[l + 1], out, nullptr, rounded);
-    multiply<T>({g_one, C, 1, write, padded(out), g_A[l + 1], out, 1, nullptr, g_A[l + 1]}, in, out, C);
+    multiply<T>({g_one, C, 1, write, padded(out), g_A[l + 1], out, 1, nullptr, g_A[l + 1]}, in, out, live);
   }
   bool through = error_back(w, head);
   for (int l = L - 1; l >= 0; l--) {
     int64_t in = n[l], out = n[l + 1];
     if (through) {
       const T* g_out = turned(gz[l], out, nullptr, rounded);
-      multiply<T>({w.h[l], C, 1, g_out, padded(out), g_A[l], out, 1, nullptr, g_A[l]}, in, out, C);
+      multiply<T>({w.h[l], C, 1, g_out, padded(out), g_A[l], out, 1, nullptr, g_A[l]}, in, out, live);
       multiply<T>({A[l], out, 1, gz[l], C, gh[l], C, 1, nullptr, gh[l]}, in, C, out);
     }
     through = true;
@@ -876,6 +877,7 @@ void Head<T>::again(int64_t begin, int64_t here, int64_t head) {
     const T* first[MAX_LAYERS];
     for (int l = 0; l < L; l++)
       first[l] = a.A0[0] && begin + i == 0 ? of_head(a.A0, l, head) : at[i] + start[l];
+    live = s.width;
     for (int set = 0; set < sets; set++) form_gates(s, set, gates[i][set]);
     load(a.k, n[0], s, k), load(a.v, n[L], s, v);
     write_pass(first, writes[i]);
@@ -893,7 +895,7 @@ template <class T>
 void Head<T>::chunk_back(Span s, int64_t i, const T* const* first, T* const* g_M, T* const* g_S,
                          T* const* into, int64_t head) {
   int64_t V = n[L];
-  final_token = s.width - 1;
+  live = s.width;
   load(a.q, n[0], s, q), load(a.k, n[0], s, k), load(a.v, V, s, v);
   for (int set = 0; set < sets; set++) {
     std::fill(dG[set], dG[set] + C * C, 0.0);
