@@ -20,6 +20,7 @@ from pytitans.layers import RMSNorm, ShortConv
 from pytitans.ops import MemoryState, initial_state, neural_memory, retrieve
 
 GATE_FLOOR = 1e-4  # what a gate's sigmoid must exceed to open
+STEPS_A_CHUNK = 2.0  # what the largest steps of a chunk add up to
 MOMENTUM_START = 0.8  # an untrained layer's momentum
 EMPTY = 0.3  # size of M_0's answers
 FORGET_START = (
@@ -113,6 +114,8 @@ class NeuralMemory(nn.Module):
             raise ValueError(f"chunk_size={chunk_size} is not a number of tokens: use 1 or more")
         self.dim, self.num_heads, self.head_dim = dim, num_heads, dim // num_heads
         self.chunk_size, self.depth = chunk_size, depth
+        # gradients frozen over a chunk add up: the more tokens share one, the smaller their steps
+        self.largest_step = min(1.0, STEPS_A_CHUNK / chunk_size)
         self.options = {"activation": activation, "objective": objective, "online": online}
         self.qkv = nn.Linear(dim, 3 * dim, bias=False)
         self.conv = ShortConv(3 * dim, conv_size) if conv_size else None
@@ -129,7 +132,7 @@ class NeuralMemory(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """M_0's layers keep a key's norm but for the last, which answers little: an empty memory. The
+        """M_0 keeps a key's norm up to its last layer, which answers little: an empty memory. The
         gates start so that a chunk of one repeated key moves the memory at most once towards its
         value (row sums of C about 1). Heads forget at different speeds, as in RetNet, and in their
         last layer alone: a deep memory that forgets every layer goes to 0, where no gradient is."""
@@ -141,8 +144,7 @@ class NeuralMemory(nn.Module):
             nn.init.constant_(self.norm_weight, self.head_dim**-0.5)
             nn.init.zeros_(self.norm_bias)
         nn.init.zeros_(self.to_gates.weight)
-        has_momentum = "momentum" in self.gates
-        step = min(((1 - MOMENTUM_START) if has_momentum else 1) / self.chunk_size, 0.5)
+        step = 1 / (STEPS_A_CHUNK * max(1, self.depth - 1))  # every layer moves the answer
         heads, depth = self.num_heads, self.depth
         fast, slow = (closing_logit(rate) for rate in FORGET_START)
         start = {
@@ -168,7 +170,7 @@ class NeuralMemory(nn.Module):
     def forward(
         self, x: Tensor, state: LayerState | None = None, lengths: Tensor | None = None
     ) -> tuple[Tensor, LayerState]:
-        """Writes x [B, T, dim] into the memory and returns what each token retrieves, and the state.
+        """Writes x [B, T, dim] into the memory; returns what each token retrieves, and the state.
 
         Each token sees its own write (eq. 15 after eqs. 13-14). `lengths` [B]: tokens of each row
         that exist; those after them write nothing.
@@ -226,8 +228,9 @@ class NeuralMemory(nn.Module):
         shape = (len(self.gates), self.num_heads, self.depth)
         by_name = dict(zip(self.gates, logits.unflatten(-1, shape).unbind(2), strict=True))
         momentum, decay = by_name.get("momentum"), by_name.get("decay")
+        lr = self.largest_step * closing_gate(by_name["lr"])
         return (
-            closing_gate(by_name["lr"]),
+            lr if momentum is None else lr * torch.sigmoid(-momentum),  # times 1 - momentum
             None if momentum is None else F.logsigmoid(momentum),
             None if decay is None else torch.log1p(-(1 - GATE_FLOOR) * closing_gate(decay)),
         )
