@@ -1,9 +1,10 @@
 """What to compare with: a sliding-window Transformer with as many parameters as a Titans model."""
 
 import torch
-from transformers import AutoModelForCausalLM, MistralConfig, PreTrainedConfig
+from transformers import MistralConfig, MistralForCausalLM
 
 from pytitans.models import TitansConfig
+from pytitans.presets import count_parameters
 
 
 def baseline_like(config: TitansConfig) -> MistralConfig:
@@ -31,13 +32,8 @@ def baseline_like(config: TitansConfig) -> MistralConfig:
         pad_token_id=config.pad_token_id,
     )
     per_unit = 3 * config.hidden_size * config.num_hidden_layers
-    wider = round((count_parameters(config) - count_parameters(baseline)) / per_unit)
+    with torch.device("meta"):
+        parameters = MistralForCausalLM(baseline).num_parameters()
+    wider = round((count_parameters(config) - parameters) / per_unit)
     baseline.intermediate_size = max(1, baseline.intermediate_size + wider)
     return baseline
-
-
-def count_parameters(config: PreTrainedConfig) -> int:
-    """The parameters of the causal language model of this configuration; nothing is allocated."""
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    return model.num_parameters()

@@ -21,6 +21,7 @@ from pytitans.memory import NeuralMemory
 from pytitans.models import TitansConfig
 
 CONTEXTS = {"4K": 4096, "128K": 2**17, "2M": 2**21}
+REST = "gates, norms, persistent tokens"
 PARTS = {"embed": "embedding", "lm_head": "embedding", "memory.": "memory", "mlp.": "feed-forward"}
 
 
@@ -47,12 +48,12 @@ def describe(config: PreTrainedConfig) -> str:
 
 
 def parameters_by_part(model: PreTrainedModel) -> dict[str, int]:
-    """Embedding, attention, memory, feed-forward, other; tied weights once. Sums to the whole."""
-    parts = dict.fromkeys(["embedding", "attention", "memory", "feed-forward", "other"], 0)
+    """Embedding, attention, memory, feed-forward and the rest; tied weights once, all in all."""
+    parts = dict.fromkeys(["embedding", "attention", "memory", "feed-forward", REST], 0)
     for name, weight in model.named_parameters():
         part = next((part for key, part in PARTS.items() if key in name), None)
         if part is None:
-            part = "attention" if "attention." in name or "attn." in name else "other"
+            part = "attention" if "attention." in name or "attn." in name else REST
         parts[part] += weight.numel()
     return {part: count for part, count in parts.items() if count}
 

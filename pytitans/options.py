@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
@@ -172,12 +172,20 @@ def parse(parser: "ArgumentParser", command: str, argv: list[str]) -> "Namespace
         hide_rare(parser, command)
     options = parser.parse_args(argv)
     if getattr(options, "preset", None):
-        from pytitans.presets import model_preset
-
-        preset = model_preset(options.preset)
-        parser.set_defaults({f"model.{name}": value for name, value in preset.items()})
+        parser.set_defaults(preset_defaults(options, command))
         options = parser.parse_args(argv)
     return options
+
+
+def preset_defaults(options: "Namespace", command: str) -> dict[str, Any]:
+    """The preset's shape. Its vocabulary is for reading about it: in training, the tokenizer's is."""
+    from pytitans.presets import model_preset
+
+    variant = "mac" if options.model.variant == "transformer" else options.model.variant
+    preset = model_preset(options.preset, variant)
+    known = {name for name in options.model.as_dict() if name != "variant"}
+    known -= set() if command == "info" else {"vocab_size"}
+    return {f"model.{name}": value for name, value in preset.items() if name in known}
 
 
 def hide_rare(parser: "ArgumentParser", command: str) -> None:

@@ -64,6 +64,8 @@ class DrawnWindows(Dataset):
         return self.count
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
+        if not 0 <= index < self.count:
+            raise IndexError(f"window {index} of {self.count}")
         draw = np.random.Generator(np.random.Philox(key=[self.seed, index]))
         place = int(draw.integers(self.places[-1]))
         stream = int(np.searchsorted(self.places, place, side="right"))
