@@ -166,19 +166,18 @@ def parse(parser: "ArgumentParser", command: str, argv: list[str]) -> "Namespace
     """The options; --help lists the main ones, --help-all all. A preset sets model defaults."""
     if "--help-all" in argv:
         argv = ["--help"]
-    elif {"-h", "--help"} & set(
-        argv
-    ):  # only then: jsonargparse does not save what it does not show
-        hide_rare(parser, command)
-    options = parser.parse_args(argv)
-    if getattr(options, "preset", None):
-        parser.set_defaults(preset_defaults(options, command))
-        options = parser.parse_args(argv)
-    return options
+    elif "-h" in argv or "--help" in argv:
+        hide_rare(parser, command)  # only here: jsonargparse does not save what it does not show
+    silent = [option for option in argv if not option.startswith("--print_config")]
+    if any(option.split("=")[0] in ("--preset", "--config") for option in argv):
+        parser.set_defaults(preset_defaults(parser.parse_args(silent), command))
+    return parser.parse_args(argv)
 
 
 def preset_defaults(options: "Namespace", command: str) -> dict[str, Any]:
-    """The preset's shape. Its vocabulary is for reading about it: in training, the tokenizer's is."""
+    """The preset's shape. Its vocabulary is for `info` alone: a tokenizer decides in training."""
+    if getattr(options, "preset", None) is None:
+        return {}
     from pytitans.presets import model_preset
 
     variant = "mac" if options.model.variant == "transformer" else options.model.variant

@@ -32,7 +32,11 @@ SHAPE = {
 
 @pytest.fixture
 def data(tmp_path):
-    for name, words in (("a", "the cat sat. "), ("b", "on the mat. "), ("held-out", "the dog sat. ")):
+    for name, words in (
+        ("a", "the cat sat. "),
+        ("b", "on the mat. "),
+        ("held-out", "the dog sat. "),
+    ):
         (tmp_path / f"{name}.txt").write_text(words * 30)
     return TextData(files=[f"{tmp_path}/*.txt"], validation=["held-out"], sequence_length=16)
 
@@ -63,7 +67,9 @@ def weights(model) -> torch.Tensor:
 
 def run(folder, data, checkpoint=None, **changes):
     model = llama()
-    facts = train(model, byte_tokenizer(), data, arguments(folder, **changes), checkpoint=checkpoint)
+    facts = train(
+        model, byte_tokenizer(), data, arguments(folder, **changes), checkpoint=checkpoint
+    )
     return model, facts
 
 

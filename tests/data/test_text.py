@@ -25,7 +25,12 @@ def test_compressed_files_read_as_plain_ones(tmp_path):
     with zipfile.ZipFile(tmp_path / "d.zip", "w") as archive:
         archive.writestr("inside/e.txt", "plän")
     documents = load_text(TextData(files=[str(tmp_path)]), ["all"])["all"]
-    assert sorted(d.name for d in documents) == ["a.txt", "b.txt.xz", "c.md.gz", "d.zip/inside/e.txt"]
+    assert sorted(d.name for d in documents) == [
+        "a.txt",
+        "b.txt.xz",
+        "c.md.gz",
+        "d.zip/inside/e.txt",
+    ]
     assert {d.text for d in documents} == {"plän"}
 
 
@@ -83,7 +88,9 @@ def test_dataset_of_the_hub_by_its_own_splits(tmp_path):
     splits = load_text(TextData(files=[f"hub:{tmp_path}"]), ["train", "validation"])
     assert splits["train"][0].text == "one\ntwo"
     assert splits["validation"][0].text == "three"
-    with pytest.raises(ValueError, match="no column 'body': choose --data.text_column among text"):
+    with pytest.raises(
+        ValueError, match=r"no column 'body': choose --data\.text_column among text"
+    ):
         load_text(TextData(files=[f"hub:{tmp_path}"], text_column="body"))
 
 

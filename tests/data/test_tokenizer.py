@@ -6,7 +6,7 @@ from transformers import AutoTokenizer
 
 from pytitans.data.tokenizer import byte_tokenizer, check_vocabulary, encode, load_tokenizer
 
-TEXTS = ["", "plain", "  two  spaces\t\n\r\n", "plän ☃ 𝒳", "\x00\x7f\u2028", "a <|eos|> b <|pad|>"]
+TEXTS = ["", "plain", "  two  spaces\t\n\r\n", "plän ☃ 🐍", "\x00\x7f\u2028", "a <|eos|> b <|pad|>"]
 
 
 @pytest.fixture(params=["fresh", "saved"])
