@@ -86,7 +86,7 @@ bool Head<T>::error_back(const Write<T>& w, int64_t head) {
   }
   const T *weight = (const T*)a.weight + column * V, *bias = (const T*)a.bias + column * V;
   T *g_weight = (T*)a.g_weight + head * V, *g_bias = (T*)a.g_bias + head * V;
-  T *scale = lanes, *g_scale = lanes + C, *bare = scaled, *g_unit = g_one, *g_error = g_two;
+  T *scale = lanes, *g_scale = lanes + C, *bare = g_above, *g_unit = g_one, *g_error = g_two;
   standardise(w.z[L - 1], unit, scale);
   for (int64_t f = 0; f < V; f++)
     for (int64_t i = f * C; i < (f + 1) * C; i++) {
@@ -273,7 +273,7 @@ void Head<T>::chunk_back(Span s, int64_t i, const T* const* first, T* const* g_M
     else
       multiply<T>({w.h[l], 1, C, x[l], C, R[l], C}, C, C, n[l]);
   }
-  T *g_y = rounded2, *g_x = scaled2;
+  T *g_y = g_above, *g_x = g_below;
   load(a.g_out, V, s, g_y);
   if (a.normed) norm_back(g_y, head);
   for (int l = L - 1; l >= 0; l--) {

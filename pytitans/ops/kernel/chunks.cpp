@@ -2,7 +2,7 @@
 //
 // Everything that belongs to tokens is feature-major, [features][tokens of the chunk, padded to 16],
 // so that every product with a weight W [in][out] reads W as it lies; only the right sides of the
-// weights' updates are turned round ("_tm": token-major). Padded tokens have write weights of 0.
+// weights' updates are turned round (`turned`). Padded tokens have write weights of 0.
 // Gates are multiplied up row by row in double: G_i = decay_i G_{i-1} + N_i,
 // N_i = momentum_i N_{i-1} + lr_i e_i, and their gradients run the same recursion backwards.
 

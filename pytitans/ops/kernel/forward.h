@@ -135,13 +135,7 @@ void Head<T>::read_layer(int l, const T* W, const T* S, const Write<T>& w, const
 // Token-major, each token's row multiplied by its factor.
 template <class T>
 const T* Head<T>::turned(const T* from, int64_t features, const T* factor, T* into) const {
-  const T* source = from;
-  if (factor) {
-    for (int64_t f = 0; f < features; f++)
-      for (int64_t i = 0; i < C; i++) scaled[f * C + i] = from[f * C + i] * factor[i];
-    source = scaled;
-  }
-  turn(source, C, features, C, into, padded(features));
+  turn(from, C, features, C, into, padded(features), factor);
   return into;
 }
 

@@ -100,8 +100,7 @@ class Head {
       R[l] = take(C * C);
     }
     score = take(C * C), square = take(C * C), square2 = take(C * C);
-    rounded = take(padded(wide) * C), rounded2 = take(padded(wide) * C);
-    scaled = take(wide * C);
+    rounded = take(padded(wide) * C);
     lanes = take(4 * C);
     unit = take(n[L] * C), error = take(n[L] * C);
     sets = a.gate_layers;
@@ -116,7 +115,8 @@ class Head {
       gh[l] = take(n[l] * C), gd[l] = take(n[l + 1] * C), gz[l] = take(n[l + 1] * C);
       sy[l] = take(n[l + 1] * C);
     }
-    g_one = take(wide * C), g_two = take(wide * C), scaled2 = take(wide * C);
+    g_one = take(wide * C), g_two = take(wide * C);
+    g_above = take(wide * C), g_below = take(wide * C);
     g_residual = take(n[L] * C);
     for (int l = 0; l < sets; l++) {
       dG[l] = layout.take<double>(C * C);
@@ -137,14 +137,14 @@ class Head {
   int64_t n[MAX_LAYERS + 1], start[MAX_LAYERS], P = 0, state, C, wide = 0;
   int64_t row, column;  // of the head: b and h
   T *q, *k, *v, *x[MAX_LAYERS], *y[MAX_LAYERS], *R[MAX_LAYERS];
-  T *score, *square, *square2, *rounded, *rounded2, *scaled, *scaled2, *lanes, *unit, *error;
-  T* g_residual;
+  T *score, *square, *square2, *rounded, *lanes, *unit, *error;
+  T *g_one, *g_two, *g_above, *g_below, *g_residual;
   const T* at[MAX_GROUP];
   int64_t live;  // tokens of the chunk at hand: sums over tokens stop there
   Write<T> writes[MAX_GROUP];
   Gates<T> gates[MAX_GROUP][MAX_LAYERS];
   T* states[MAX_GROUP];
-  T *gh[MAX_LAYERS], *gd[MAX_LAYERS], *gz[MAX_LAYERS], *sy[MAX_LAYERS], *g_one, *g_two;
+  T *gh[MAX_LAYERS], *gd[MAX_LAYERS], *gz[MAX_LAYERS], *sy[MAX_LAYERS];
   double *dG[MAX_LAYERS], *d_beta[MAX_LAYERS], *d_phi[MAX_LAYERS], *d_end_S[MAX_LAYERS];
   double d_end_mu[MAX_LAYERS], *Dr, *Ds;
 

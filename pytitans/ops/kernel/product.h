@@ -128,9 +128,10 @@ void multiply(const Product<T>& p, int64_t M, int64_t N, int64_t K) {
 }
 
 
-// dst[c][r] = src[r][c]: turned in blocks that stay in the first cache.
+// dst[c][r] = src[r][c] * factor[c]: turned in blocks that stay in the first cache.
 template <class T>
-void turn(const T* src, int64_t lds, int64_t rows, int64_t cols, T* dst, int64_t ldd) {
+void turn(const T* src, int64_t lds, int64_t rows, int64_t cols, T* dst, int64_t ldd,
+          const T* factor = nullptr) {
   constexpr int64_t block = 16;
   int64_t r = 0;
 #if defined(__AVX512F__)
@@ -140,6 +141,10 @@ void turn(const T* src, int64_t lds, int64_t rows, int64_t cols, T* dst, int64_t
       for (; c + block <= cols; c += block) {
         __m512 a[16], b[16];
         for (int i = 0; i < 16; i++) a[i] = _mm512_loadu_ps(src + (r + i) * lds + c);
+        if (factor) {
+          __m512 f = _mm512_loadu_ps(factor + c);
+          for (int i = 0; i < 16; i++) a[i] = _mm512_mul_ps(a[i], f);
+        }
         for (int i = 0; i < 16; i += 2) {
           b[i] = _mm512_unpacklo_ps(a[i], a[i + 1]);
           b[i + 1] = _mm512_unpackhi_ps(a[i], a[i + 1]);
@@ -163,12 +168,14 @@ void turn(const T* src, int64_t lds, int64_t rows, int64_t cols, T* dst, int64_t
         for (int i = 0; i < 16; i++) _mm512_storeu_ps(dst + (c + i) * ldd + r, b[i]);
       }
       for (; c < cols; c++)
-        for (int64_t i = r; i < r + block; i++) dst[c * ldd + i] = src[i * lds + c];
+        for (int64_t i = r; i < r + block; i++)
+          dst[c * ldd + i] = src[i * lds + c] * (factor ? factor[c] : 1);
     }
 #endif
   for (; r < rows; r += block)
     for (int64_t c = 0; c < cols; c++)
-      for (int64_t i = r; i < std::min(rows, r + block); i++) dst[c * ldd + i] = src[i * lds + c];
+      for (int64_t i = r; i < std::min(rows, r + block); i++)
+        dst[c * ldd + i] = src[i * lds + c] * (factor ? factor[c] : 1);
 }
 
 }  // namespace
