@@ -104,7 +104,7 @@ __attribute__((noinline)) int64_t rows(const Product<T>& p, int64_t i, int64_t M
 template <class T>
 void multiply(const Product<T>& p, int64_t M, int64_t N, int64_t K) {
   constexpr int lanes = Vec<T>::lanes;
-  constexpr bool many = BYTES != 32;  // registers for 24 sums, else for 12
+  constexpr bool many = BYTES != 32;  // 32 registers, else 16
   int64_t j = 0;
   while (j < N) {
     int64_t left = N - j, i = 0;
@@ -114,12 +114,12 @@ void multiply(const Product<T>& p, int64_t M, int64_t N, int64_t K) {
       i = rows<T, 1, 4>(p, i, M, j, K, left);
       j += 4 * lanes;
     } else if (left > lanes) {
-      i = rows<T, many ? 12 : 6, 2>(p, i, M, j, K, left);
+      i = rows<T, many ? 8 : 6, 2>(p, i, M, j, K, left);
       i = rows<T, 4, 2>(p, i, M, j, K, left);
       i = rows<T, 1, 2>(p, i, M, j, K, left);
       j += 2 * lanes;
     } else {
-      i = rows<T, many ? 24 : 12, 1>(p, i, M, j, K, left);
+      i = rows<T, many ? 16 : 12, 1>(p, i, M, j, K, left);
       i = rows<T, 8, 1>(p, i, M, j, K, left);
       i = rows<T, 1, 1>(p, i, M, j, K, left);
       j += lanes;
@@ -140,21 +140,27 @@ void turn(const T* src, int64_t lds, int64_t rows, int64_t cols, T* dst, int64_t
       int64_t c = 0;
       for (; c + block <= cols; c += block) {
         __m512 a[16], b[16];
+#pragma GCC unroll 16
         for (int i = 0; i < 16; i++) a[i] = _mm512_loadu_ps(src + (r + i) * lds + c);
         if (factor) {
           __m512 f = _mm512_loadu_ps(factor + c);
+#pragma GCC unroll 16
           for (int i = 0; i < 16; i++) a[i] = _mm512_mul_ps(a[i], f);
         }
+#pragma GCC unroll 16
         for (int i = 0; i < 16; i += 2) {
           b[i] = _mm512_unpacklo_ps(a[i], a[i + 1]);
           b[i + 1] = _mm512_unpackhi_ps(a[i], a[i + 1]);
         }
+#pragma GCC unroll 16
         for (int i = 0; i < 16; i += 4)
+#pragma GCC unroll 16
           for (int h = 0; h < 2; h++) {
             __m512d x = _mm512_castps_pd(b[i + h]), y = _mm512_castps_pd(b[i + 2 + h]);
             a[i + 2 * h] = _mm512_castpd_ps(_mm512_unpacklo_pd(x, y));
             a[i + 2 * h + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(x, y));
           }
+#pragma GCC unroll 16
         for (int i = 0; i < 4; i++) {
           __m512 p = _mm512_shuffle_f32x4(a[i], a[4 + i], 0x88);
           __m512 q = _mm512_shuffle_f32x4(a[i], a[4 + i], 0xdd);
@@ -165,6 +171,7 @@ void turn(const T* src, int64_t lds, int64_t rows, int64_t cols, T* dst, int64_t
           b[8 + i] = _mm512_shuffle_f32x4(p, s, 0xdd);
           b[12 + i] = _mm512_shuffle_f32x4(q, t, 0xdd);
         }
+#pragma GCC unroll 16
         for (int i = 0; i < 16; i++) _mm512_storeu_ps(dst + (c + i) * ldd + r, b[i]);
       }
       for (; c < cols; c++)
