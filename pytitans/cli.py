@@ -129,13 +129,18 @@ def train_command(argv: list[str]) -> int:
     model = AutoModelForCausalLM.from_config(config)
     facts = train(model, tokenizer, data, args, checkpoint=checkpoint)
     if args.process_index == 0:
-        print(
-            f"{facts['parameters']:,} parameters, {facts['train_tokens']:,} tokens, "
-            f"{facts['tokens_per_second']:,.0f} tokens/s\n"
-            f"validation: {facts['bits_per_byte']:.4f} bits per byte\n"
-            f"saved: {args.output_dir} (model, tokenizer, loss.png, run.json)"
-        )
+        print_facts(facts, args.output_dir)
     return 0
+
+
+def print_facts(facts: dict[str, Any], folder: str | None) -> None:
+    print(
+        f"{facts['parameters']:,} parameters, {facts['train_tokens']:,} tokens, "
+        f"{facts['tokens_per_second']:,.0f} tokens/s"
+    )
+    if facts["bits_per_byte"] is not None:  # with --train.eval_strategy no
+        print(f"validation: {facts['bits_per_byte']:.4f} bits per byte")
+    print(f"saved: {folder} (model, tokenizer, loss.png, run.json)")
 
 
 def eval_command(argv: list[str]) -> int:
