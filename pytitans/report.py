@@ -53,9 +53,8 @@ class Progress(TrainerCallback):
             return
         if "loss" in logs:
             bits = logs["loss"] * self.bits
-            self.bar.set_postfix_str(
-                f"{bits:.3f} bits/byte, {self.tokens_per_second:,.0f} tokens/s"
-            )
+            pace = f"{bits:.3f} bits/byte, {self.tokens_per_second:,.0f} tokens/s"
+            self.bar.set_postfix_str(pace, refresh=False)
         if "eval_bits_per_byte" in logs:
             self.say(
                 f"step {state.global_step}: validation {logs['eval_bits_per_byte']:.4f} bits/byte"
