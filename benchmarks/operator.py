@@ -12,12 +12,15 @@ analytic backward, without recomputation, as torch.bmm on ready operands: what t
 if everything but its matrix products were free. titans-pytorch joins if it can be imported.
 """
 
+import sys
+
+sys.path.pop(0)  # this folder: the file's name would hide the standard library's `operator`
+
 import argparse
 import json
 import platform
 import statistics
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from importlib.util import find_spec

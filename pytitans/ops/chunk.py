@@ -11,11 +11,13 @@ computes a run of chunks and its gradients; here the text is put on the chunks' 
 together. Axes: see `pytitans.shapes`.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from pytitans.ops import chunk_fused, chunk_plain
 from pytitans.ops.chunk_plain import Inputs, Run
@@ -29,7 +31,6 @@ class Plan(NamedTuple):
 
     run: Run
     layers: tuple[int, int, int]  # of M, of S (0 without momentum), of the first chunk's own M
-    fused: bool
     keep: bool  # states, for a backward
     anchor: bool  # whether to return the last chunk's first M
 
@@ -41,9 +42,10 @@ class Chunked(torch.autograd.Function):
     def forward(ctx, plan: Plan, *tensors):
         inputs, weights = Inputs(*tensors[:ARITY]), tensors[ARITY:]
         flat = split([w.flatten(0, 1) for w in weights], plan.layers)
-        form = chunk_fused if plan.fused else chunk_plain
+        fused = chunk_fused.available(inputs, list(weights), plan.layers[0])
+        form = chunk_fused if fused else chunk_plain
         out, state, kept = form.forward(plan.run, inputs, *flat, keep=plan.keep, anchor=plan.anchor)
-        ctx.plan, ctx.inputs = plan, len(tensors)
+        ctx.plan, ctx.form, ctx.inputs = plan, form, len(tensors)
         ctx.save_for_backward(*tensors, *kept)
         ctx.set_materialize_grads(False)
         return out, *(w.unflatten(0, weights[0].shape[:2]) for w in state)
@@ -65,8 +67,7 @@ class Chunked(torch.autograd.Function):
             for g, w in zip(g_state, like, strict=True)
         ]
         g_out = torch.zeros_like(inputs.v) if g_out is None else g_out
-        form = chunk_fused if plan.fused else chunk_plain
-        g_inputs, g_weights = form.backward(
+        g_inputs, g_weights = ctx.form.backward(
             plan.run, inputs, *flat, kept, g_out, *split(g_flat, plan.layers)
         )
         g_weights = (g.view_as(w) for g, w in zip(g_weights, weights, strict=True))
@@ -132,8 +133,10 @@ def read(run: Run, inputs: Inputs, state: MemoryState, opened: bool, *, anchor: 
     layers = (len(M), len(S_in), len(A_in))
     tensors = [x for x in (*inputs, *weights) if x is not None]
     keep = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
-    plan = Plan(run, layers, chunk_fused.available(inputs, weights), keep, anchor)
-    out, *new = Chunked.apply(plan, *inputs, *weights)
+    plan = Plan(run, layers, keep, anchor)
+    # The kernel is called through ctypes, which torch.compile cannot look into.
+    apply: Callable = torch.compiler.disable(Chunked.apply) if is_compiling() else Chunked.apply
+    out, *new = apply(plan, *inputs, *weights)
     new_M, new_S, new_A = (tuple(part) for part in split(new, layers))
     return out, MemoryState(new_M, new_S or S, new_A or new_M, 0)
 

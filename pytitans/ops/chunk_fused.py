@@ -99,14 +99,14 @@ def processor() -> str:
         return platform.processor() + platform.machine()
 
 
-def available(inputs: Inputs, weights: list[Tensor]) -> bool:
+def available(inputs: Inputs, weights: list[Tensor], layers: int) -> bool:
     """Whether the kernel can take this call: CPU tensors, a state in float32 or float64."""
     wide = weights[0].dtype
     return (
         wide in (torch.float32, torch.float64)
         and all(x is None or x.device.type == "cpu" for x in (*inputs, *weights))
         and all(w.dtype == wide for w in weights)
-        and len(weights) <= 3 * MAX_LAYERS
+        and layers <= MAX_LAYERS
         and sys.platform != "win32"
         and kernel() is not None
     )

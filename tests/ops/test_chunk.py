@@ -207,6 +207,11 @@ def test_float32_is_close_to_float64(activation, chunk_size):
             assert error <= 1e-5 * b[name].abs().max(), name
 
 
+def test_more_layers_than_the_kernel_has_room_for():
+    inputs = make_inputs(depth=9, T=5, off=("log_momentum",))
+    assert_is_the_definition(chunk_memory, inputs, chunk_size=3)
+
+
 def test_states_are_kept_only_for_a_backward():
     inputs = {n: t.detach() for n, t in make_inputs().items()}
     assert call(chunk_memory, inputs, chunk_size=4)["retrieved"].grad_fn is None
