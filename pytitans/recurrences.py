@@ -112,7 +112,7 @@ class Recurrence:
             norm = (weight, torch.zeros_like(weight))
         if self.decay == "fixed":
             log_decay = retention(k.shape[2], wide, k.device).expand(k.shape[:3])
-        elif self.decay == "gated_first":
+        elif self.decay == "gated_first" and log_decay is not None:
             lr, v, log_decay = forget_first(lr, v, log_decay)
         per_token = self.chunk_size is None and self.objective == "l2"  # "dot": the same everywhere
         return neural_memory(

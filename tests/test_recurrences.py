@@ -1,5 +1,5 @@
-"""Every named memory is what its paper prints: each is written out here by hand, for one head, in the
-paper's own form (linear memories mostly as S [V, K], with columns k and v)."""
+"""Every named memory is what its paper prints: each is written out here by hand, for one head, in
+the paper's own form (linear memories mostly as S [V, K], with columns k and v)."""
 
 from dataclasses import replace
 from itertools import pairwise
