@@ -22,7 +22,7 @@ from pytitans.ops import MemoryState, initial_state, neural_memory, retrieve
 GATE_FLOOR = 1e-4  # what a gate's sigmoid must exceed to open
 STEPS_A_CHUNK = 2.0  # what the largest steps of a chunk add up to
 MOMENTUM_START = 0.8  # an untrained layer's momentum
-EMPTY = 0.3  # size of M_0's answers
+EMPTY = 0.3  # size of M_0's answers without LayerNorm
 FORGET_START = (
     1e-2,
     3e-4,
@@ -96,9 +96,9 @@ class NeuralMemory(nn.Module):
         *,
         depth: int = 2,
         expansion: float = 4,
-        chunk_size: int = 64,
+        chunk_size: int = 16,
         activation: str = "silu",
-        norm: bool = False,
+        norm: bool = True,
         momentum: bool = True,
         decay: bool = True,
         conv_size: int = 4,
@@ -132,31 +132,32 @@ class NeuralMemory(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """M_0 keeps a key's norm up to its last layer, which answers little: an empty memory. The
-        gates start so that a chunk of one repeated key moves the memory at most once towards its
+        """M_0 keeps a key's norm, as does LayerNorm's weight; without LayerNorm its last layer answers
+        little: an empty memory. The gates start so that a chunk of one repeated key moves the memory at most once towards its
         value (row sums of C about 1). Heads forget at different speeds, as in RetNet, and in their
         last layer alone: a deep memory that forgets every layer goes to 0, where no gradient is."""
         for W in self.M_0:
             nn.init.normal_(W, std=self.head_dim**-0.5)
-        with torch.no_grad():
-            self.M_0[-1].mul_(EMPTY)
-        if self.norm is not None:
+        if self.norm is None:
+            with torch.no_grad():
+                self.M_0[-1].mul_(EMPTY)
+        else:
             nn.init.constant_(self.norm_weight, self.head_dim**-0.5)
             nn.init.zeros_(self.norm_bias)
         nn.init.zeros_(self.to_gates.weight)
         step = 1 / (STEPS_A_CHUNK * max(1, self.depth - 1))  # every layer moves the answer
         heads, depth = self.num_heads, self.depth
         fast, slow = (closing_logit(rate) for rate in FORGET_START)
+        kept = [closing_logit(0.0)] * (depth - 1)  # features outlive what was learned with them
+        spread = [fast + (slow - fast) * i / max(1, heads - 1) for i in range(heads)]
         start = {
-            "lr": torch.full((heads,), closing_logit(step)),
-            "momentum": torch.full((heads,), math.log(MOMENTUM_START / (1 - MOMENTUM_START))),
-            "decay": torch.linspace(fast, slow, heads) if heads > 1 else torch.tensor([slow]),
+            "lr": [closing_logit(step)] * heads * depth,
+            "momentum": [math.log(MOMENTUM_START / (1 - MOMENTUM_START))] * heads * depth,
+            "decay": [logit for last in spread for logit in [*kept, last]],
         }
         with torch.no_grad():
-            bias = torch.stack([start[name] for name in self.gates])[..., None].repeat(1, 1, depth)
-            if "decay" in self.gates:  # features outlive what was learned with them
-                bias[-1, :, :-1] = closing_logit(0.0)
-            self.to_gates.bias.copy_(bias.flatten())
+            bias = [logit for name in self.gates for logit in start[name]]
+            self.to_gates.bias.copy_(torch.tensor(bias))
 
     def initial_state(self, batch_size: int = 1) -> LayerState:
         """The state before a sequence's first token: M_0, no surprise, no tokens. What is written

@@ -43,11 +43,11 @@ class TitansConfig(PreTrainedConfig):
     memory_depth: int = 2
     memory_expansion: int | float = 4
     memory_activation: Literal["silu", "gelu"] = "silu"
-    memory_norm: bool = False
+    memory_norm: bool = True
     memory_momentum: bool = True
     memory_decay: bool = True
     conv_size: int = 4
-    chunk_size: int = 64
+    chunk_size: int = 16
     segment_len: int = 128
     window: int = 128
     num_persistent: int = 4
