@@ -6,13 +6,12 @@ W_t = beta_t W + phi_t S - sum_{j<=t} G_tj h_j d_j^T, and applying it needs no W
 
     x_t W_t = beta_t x_t W + phi_t x_t S - sum_{j<=t} G_tj <x_t, h_j> d_j
 
-with weights G, beta, phi that depend on the gates alone (`pytitans.ops.gates`). `ops.chunk_plain`
-computes a run of chunks and its gradients; here the text is put on the chunks' grid and the state
+with weights G, beta, phi that depend on the gates alone (`pytitans.ops.gates`). `ops.chunk_fused`
+(C++) or `ops.chunk_plain` computes a run of chunks and its gradients; here the text is put on the chunks' grid and the state
 together. Axes: see `pytitans.shapes`.
 """
 
-from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
@@ -135,7 +134,9 @@ def read(run: Run, inputs: Inputs, state: MemoryState, opened: bool, *, anchor: 
     keep = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
     plan = Plan(run, layers, keep, anchor)
     # The kernel is called through ctypes, which torch.compile cannot look into.
-    apply: Callable = torch.compiler.disable(Chunked.apply) if is_compiling() else Chunked.apply
+    apply: Any = Chunked.apply
+    if is_compiling():
+        apply = torch.compiler.disable(apply)
     out, *new = apply(plan, *inputs, *weights)
     new_M, new_S, new_A = (tuple(part) for part in split(new, layers))
     return out, MemoryState(new_M, new_S or S, new_A or new_M, 0)
