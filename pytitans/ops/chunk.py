@@ -7,8 +7,8 @@ W_t = beta_t W + phi_t S - sum_{j<=t} G_tj h_j d_j^T, and applying it needs no W
     x_t W_t = beta_t x_t W + phi_t x_t S - sum_{j<=t} G_tj <x_t, h_j> d_j
 
 with weights G, beta, phi that depend on the gates alone (`pytitans.ops.gates`). `ops.chunk_fused`
-(C++) or `ops.chunk_plain` computes a run of chunks and its gradients; here the text is put on the chunks' grid and the state
-together. Axes: see `pytitans.shapes`.
+(C++) or `ops.chunk_plain` computes a run of chunks and its gradients; here the text is put on the
+chunks' grid and the state together. Axes: see `pytitans.shapes`.
 """
 
 from typing import Any, NamedTuple
