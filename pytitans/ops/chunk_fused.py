@@ -4,8 +4,8 @@ The kernel (`kernel/`) needs nothing but a C++ compiler. It is built at its firs
 this machine's processor, kept in the user's cache directory, and called through ctypes. Where that
 does not work `available` says so, once in the log, and the plain form is used.
 
-Products are float32 (or float64) whatever the tokens' dtype: at these sizes a processor's low
-precision units wait for their operands.
+Products are float32 (or float64) whatever the tokens' dtype: more exact than bfloat16's, but without
+the speed of a processor's bfloat16 units.
 """
 
 import ctypes
