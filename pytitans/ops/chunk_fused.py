@@ -4,7 +4,7 @@ The kernel (`kernel/`) needs nothing but a C++ compiler. It is built at its firs
 this machine's processor, kept in the user's cache directory, and called through ctypes. Where that
 does not work `available` says so, once in the log, and the plain form is used.
 
-Products are float32 (or float64) whatever the tokens' dtype: more exact than bfloat16's, but without
+Products are float32 (or float64) whatever the tokens' dtype: more exact than bfloat16, but without
 the speed of a processor's bfloat16 units.
 """
 
