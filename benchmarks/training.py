@@ -1,0 +1,505 @@
+"""How fast do whole models train and decode, against Transformers, Mamba2 and titans-pytorch?
+
+    python benchmarks/training.py                     # the table of docs/performance.md
+    python benchmarks/training.py --quick             # the same table on short texts
+    python benchmarks/training.py --lengths 2048 --chunk 16 --json runs/training.json
+    python benchmarks/training.py --device cuda --lengths 2048 8192 32768 131072
+
+Correctness comes first: unless a small model reads a text in pieces as in one call, and its logits
+and gradients equal those of the memory's definition, nothing is reported. Models take turns, round
+by round, in one process; the table holds medians. All have the parameters of the Titans model:
+
+    llama           Hugging Face's, SDPA, full attention; its feed-forward width is fitted
+    mamba2          Hugging Face's in plain torch, in the chunks that suit it; its layers and state
+                    size are fitted
+    titans-pytorch  its MemoryAsContextTransformer with our memory's shape, else as it comes, which
+                    is one gradient for each segment; at the first length alone, if it is installed
+
+train: tokens/s of forward, backward and AdamW, under autocast in --dtype; a step has --batch rows
+of the first length, and as many tokens at the others while that is a row or more. MB: what a step
+needs at its peak beyond weights and optimizer, in a process of its own. decode: tokens/s one by one
+after a text of that length, greedy, one row, weights in --dtype. MB: the cache. "pytitans is": the
+first row's tokens/s over this row's.
+"""
+
+import sys
+
+if __name__ == "__main__":
+    sys.path.pop(0)  # this folder: operator.py would hide the standard library's `operator`
+
+import argparse
+import gc
+import json
+import math
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from functools import partial
+from importlib.util import find_spec
+from itertools import pairwise
+from pathlib import Path
+from unittest.mock import patch
+
+import torch
+import transformers
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+from transformers import LlamaConfig, LlamaForCausalLM, Mamba2Config, Mamba2ForCausalLM
+
+from pytitans.models import TitansConfig, TitansForCausalLM
+from pytitans.ops import chunk_fused, neural_memory
+
+PEERS = ("llama", "mamba2", "titans-pytorch")
+SPARE = 0.8  # of the memory free at the start: what a model may use before it "does not fit"
+
+
+def main() -> None:
+    args = arguments()
+    transformers.logging.set_verbosity_error()
+    torch.manual_seed(0)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    if args.only:
+        name, length = args.only
+        print(json.dumps(peak_memory(args, models(args)[name](), int(length))))
+        return
+    if wrong := differences(args):
+        sys.exit(f"not measured: the model differs from its definition: {wrong}")
+    report = benchmark(args)
+    show(report)
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps(report, indent=2, default=str) + "\n")
+
+
+def arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    p.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
+    p.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16"])
+    p.add_argument("--quick", action="store_true", help="512 and 1024 tokens, 2 rounds")
+    p.add_argument("--json", type=Path, metavar="PATH", help="also write the table as JSON")
+    p.add_argument("--lengths", type=int, nargs="+", default=[2048, 8192, 32768], metavar="TOKENS")
+    p.add_argument("--batch", type=int, default=2, help="rows of a step at the first length")
+    p.add_argument("--chunk", type=int, nargs="+", default=[64, 16], metavar="TOKENS",
+                   help="of the memory, a row of the table each (default: 64 16)")  # fmt: skip
+    p.add_argument("--variant", default="mac", choices=["mac", "mag", "mal", "lmm"])
+    p.add_argument("--width", type=int, default=256, help="hidden size")
+    p.add_argument("--layers", type=int, default=4)
+    p.add_argument("--heads", type=int, default=4)
+    p.add_argument("--segment", type=int, default=128, help="MAC's segment, MAG's and MAL's window")
+    p.add_argument("--peers", nargs="*", default=PEERS, choices=PEERS, help="default: all")
+    p.add_argument("--rounds", type=int, default=3)
+    p.add_argument("--decode", type=int, default=32, metavar="TOKENS", help="of a round (0: none)")
+    p.add_argument("--threads", type=int, help="torch threads (default: torch's)")
+    p.add_argument("--only", nargs=2, help=argparse.SUPPRESS)
+    args = p.parse_args(argv)
+    if args.quick:
+        args.lengths, args.rounds, args.decode = [512, 1024], 2, 8
+    return args
+
+
+# Correctness
+
+
+def differences(args) -> str:
+    """Where a small model departs from its definition or from itself; empty if nowhere."""
+    small = titans_config(args, 7, hidden_size=32, num_attention_heads=2, num_hidden_layers=2,
+                          intermediate_size=32, segment_len=12, window=12)  # fmt: skip
+    model = TitansForCausalLM(small).double().eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    ids = torch.randint(256, (2, 50))
+    definition = partial(neural_memory, backend="naive")
+    with patch("pytitans.memory.neural_memory", definition):
+        exact = logits_and_gradients(model, ids)
+    apart = {
+        "the memory's path": (logits_and_gradients(model, ids), exact, 1e-9),
+        "a text in pieces": ([in_pieces(model, ids, [0, 1, 5, 17, 31, 50])], exact[:1], 1e-9),
+        "float32": (logits_and_gradients(model.float(), ids), exact, 1e-3),
+    }
+    found = []
+    for name, (got, expected, allowed) in apart.items():
+        worst = max(relative(a, b) for a, b in zip(got, expected, strict=True))
+        if not worst < allowed:
+            found.append(f"{name} by {worst:.1e}")
+    return ", ".join(found)
+
+
+def logits_and_gradients(model, ids: Tensor) -> list[Tensor]:
+    model.zero_grad()
+    out = model(input_ids=ids, labels=ids)
+    out.loss.backward()
+    grads = (p.grad for p in model.parameters() if p.grad is not None)
+    return [out.logits.detach(), torch.cat([g.flatten() for g in grads])]
+
+
+@torch.no_grad()
+def in_pieces(model, ids: Tensor, cuts: list[int]) -> Tensor:
+    cache, logits = None, []
+    for begin, end in pairwise(cuts):
+        out = model(input_ids=ids[:, begin:end], past_key_values=cache, use_cache=True)
+        cache = out.past_key_values
+        logits.append(out.logits)
+    return torch.cat(logits, dim=1)
+
+
+def relative(a: Tensor, b: Tensor) -> float:
+    return ((a - b).abs().max() / b.abs().max()).item()
+
+
+# Models of equal size
+
+
+def titans_config(args, chunk: int, **changes) -> TitansConfig:
+    shape = {
+        "hidden_size": args.width, "num_hidden_layers": args.layers, "window": args.segment,
+        "num_attention_heads": args.heads, "intermediate_size": 2 * args.width,
+        "segment_len": args.segment,
+    }  # fmt: skip
+    return TitansConfig(variant=args.variant, chunk_size=chunk, **shape | changes)
+
+
+def models(args) -> dict[str, Callable[[], nn.Module]]:
+    """Makers of the models by name, the Titans ones first."""
+    makers = {
+        f"pytitans {args.variant}, chunk {chunk}": partial(titans, args, chunk)
+        for chunk in args.chunk
+    }
+    peers = {"llama": llama, "mamba2": mamba2, "titans-pytorch": titans_pytorch}
+    for name in args.peers:
+        if name != "titans-pytorch" or find_spec("titans_pytorch"):
+            makers[name] = partial(peers[name], args)
+    return makers
+
+
+def count(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+def fitted(build: Callable[[int], nn.Module], start: int, parameters: int) -> int:
+    """The number at which build(number), whose size is linear in it, is nearest to `parameters`."""
+    with torch.device("meta"):
+        few, many = count(build(start)), count(build(2 * start))
+    return max(1, start + round((parameters - few) * start / (many - few)))
+
+
+def titans(args, chunk: int) -> nn.Module:
+    return TitansForCausalLM(titans_config(args, chunk)).to(args.device)
+
+
+def parameters_of_titans(args) -> int:
+    with torch.device("meta"):
+        return count(TitansForCausalLM(titans_config(args, args.chunk[0])))
+
+
+def llama(args) -> nn.Module:
+    like = titans_config(args, args.chunk[0])
+
+    def build(intermediate_size: int) -> nn.Module:
+        config = LlamaConfig(
+            vocab_size=like.vocab_size, hidden_size=args.width, num_hidden_layers=args.layers,
+            num_attention_heads=args.heads, intermediate_size=intermediate_size,
+            max_position_embeddings=2**22, tie_word_embeddings=True, attn_implementation="sdpa",
+            bos_token_id=256, eos_token_id=256,
+        )  # fmt: skip
+        return LlamaForCausalLM(config)
+
+    size = fitted(build, args.width, parameters_of_titans(args))
+    return build(size).to(args.device)
+
+
+def mamba2(args) -> nn.Module:
+    like, target = titans_config(args, args.chunk[0]), parameters_of_titans(args)
+    head = args.width // args.heads
+
+    def build(num_hidden_layers: int, state_size: int) -> nn.Module:
+        config = Mamba2Config(
+            vocab_size=like.vocab_size, hidden_size=args.width, head_dim=head, expand=2,
+            num_heads=2 * args.heads, state_size=state_size, num_hidden_layers=num_hidden_layers,
+            n_groups=1, tie_word_embeddings=True, bos_token_id=256, eos_token_id=256,
+            pad_token_id=None,
+        )  # fmt: skip
+        return Mamba2ForCausalLM(config)
+
+    layers = fitted(lambda n: build(n, head), 2 * args.layers, target)
+    return build(layers, fitted(partial(build, layers), head, target)).to(args.device)
+
+
+def titans_pytorch(args) -> nn.Module:
+    from titans_pytorch import MemoryAsContextTransformer
+
+    like, hundredths = titans_config(args, args.chunk[0]), 0.01
+    head = args.width // args.heads
+
+    def build(ff_mult: int) -> nn.Module:
+        return MemoryAsContextTransformer(
+            num_tokens=like.vocab_size, dim=args.width, depth=args.layers, heads=args.heads,
+            dim_head=head, segment_len=args.segment, num_persist_mem_tokens=like.num_persistent,
+            ff_mult=ff_mult * hundredths,
+            neural_memory_kwargs={"dim_head": head, "heads": args.heads},
+        )  # fmt: skip
+
+    return build(fitted(build, 100, parameters_of_titans(args))).to(args.device)
+
+
+# What is measured: a closure for each model
+
+
+def training_step(args, model: nn.Module, length: int) -> tuple[int, Callable[[], None]]:
+    """Tokens of a step, and the step."""
+    rows = max(1, args.batch * args.lengths[0] // length)
+    ids = torch.randint(256, (rows, length), device=args.device)
+    if isinstance(model, Mamba2ForCausalLM):
+        suit_chunks(model, length)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+
+    def step() -> None:
+        with torch.autocast(args.device, torch.bfloat16, enabled=args.dtype == "bfloat16"):
+            if isinstance(model, transformers.PreTrainedModel):
+                loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+            else:
+                loss = model(torch.cat([ids, ids[:, :1]], dim=1), return_loss=True)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return rows * length, step
+
+
+def suit_chunks(model: Mamba2ForCausalLM, length: int) -> None:
+    """The chunk at which plain torch makes the fewest elements: tokens by chunk by state within
+    chunks, chunks by chunks by states between them. It does not change the result."""
+    exponent = math.log2(2 * length * model.config.head_dim) / 3
+    for layer in model.backbone.layers:
+        layer.mixer.chunk_size = 2 ** round(exponent)
+
+
+class Decoder:
+    """A model that has read a text, and goes on one token at a time."""
+
+    @torch.no_grad()
+    def __init__(self, args, model: nn.Module, length: int):
+        self.model, self.tokens = model.to(getattr(torch, args.dtype)).eval(), args.decode
+        ids = torch.randint(256, (1, length), device=args.device)
+        out = self.model(input_ids=ids, use_cache=True, logits_to_keep=1)
+        self.cache, self.token = out.past_key_values, out.logits.argmax(-1)
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for _ in range(self.tokens):
+            out = self.model(input_ids=self.token, past_key_values=self.cache, use_cache=True)
+            self.token = out.logits.argmax(-1)
+
+    def cache_mb(self) -> float:
+        if isinstance(self.model, TitansForCausalLM):
+            held = tree_leaves(self.cache.states)
+        else:
+            held = [x for layer in self.cache.layers for x in (layer.keys, layer.values)]
+        storages = {x.untyped_storage().data_ptr(): x for x in held if isinstance(x, Tensor)}
+        return sum(x.untyped_storage().nbytes() for x in storages.values()) / 2**20
+
+
+def benchmark(args) -> dict:
+    rows = []
+    for i, length in enumerate(args.lengths):
+        makers = models(args)
+        if i:
+            makers.pop("titans-pytorch", None)
+        print(f"training at {length:,} tokens", file=sys.stderr)
+        rows += train_rows(args, makers, length)
+        if args.decode:
+            print(f"decoding after {length:,} tokens", file=sys.stderr)
+            rows += decode_rows(args, {x: makers[x] for x in makers if decodes(x)}, length)
+    shape = {k: v for k, v in vars(args).items() if k not in ("json", "only")}
+    return {"shape": shape, "machine": machine(args), "rows": rows, "summary": summary(args, rows)}
+
+
+def decodes(name: str) -> bool:
+    return name == "llama" or name.startswith("pytitans")
+
+
+def train_rows(args, makers, length: int) -> list[dict]:
+    memory = {name: memory_of(name, length) for name in makers}
+    fits = {name: makers[name]() for name in makers if memory[name] is not None}
+    steps = {name: training_step(args, model, length) for name, model in fits.items()}
+    times = take_turns(args, {name: step for name, (_, step) in steps.items()})
+    return [
+        row("train", length, name, count(fits[name]), steps[name][0], times[name], memory[name])
+        if name in fits
+        else {"what": "train", "length": length, "model": name, "note": "does not fit"}
+        for name in makers
+    ]
+
+
+def decode_rows(args, makers, length: int) -> list[dict]:
+    decoders = {name: Decoder(args, make(), length) for name, make in makers.items()}
+    times = take_turns(args, {name: d.step for name, d in decoders.items()})
+    return [
+        row("decode", length, name, count(d.model), args.decode, times[name], d.cache_mb())
+        for name, d in decoders.items()
+    ]
+
+
+def row(what, length, name, parameters, tokens, times, memory_mb) -> dict:
+    median = statistics.median(times)
+    return {
+        "what": what, "length": length, "model": name, "parameters": parameters, "tokens": tokens,
+        "seconds": median, "spread": [min(times), max(times)], "tokens_per_s": tokens / median,
+        "memory_mb": memory_mb,
+    }  # fmt: skip
+
+
+def take_turns(args, steps: dict[str, Callable[[], None]]) -> dict[str, list[float]]:
+    """Seconds of each step in each round, after one round that does not count."""
+    times = {name: [] for name in steps}
+    for _ in range(args.rounds + 1):
+        for name, step in steps.items():
+            gc.collect()
+            begin = time.perf_counter()
+            step()
+            if args.device == "cuda":
+                torch.cuda.synchronize()
+            times[name].append(time.perf_counter() - begin)
+    return {name: found[1:] for name, found in times.items()}
+
+
+def memory_of(name: str, length: int) -> float | None:
+    """`peak_memory` of one model in a process of its own; None if there is not enough."""
+    command = [sys.executable, __file__, *sys.argv[1:], "--only", name, str(length)]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    if run.returncode:
+        sys.exit(f"the memory of {name!r} at {length} tokens was not measured:\n{run.stderr}")
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+def peak_memory(args, model: nn.Module, length: int) -> float | None:
+    """MB a training step needs beyond the weights and what a short step leaves behind."""
+    short = 2 * args.segment
+    training_step(args, model, short)[1]()
+    _, step = training_step(args, model, length)
+    if args.device == "cuda":
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        try:
+            step()
+        except torch.cuda.OutOfMemoryError:
+            return None
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    spare_the_machine()
+    before = status_mb("self/status", "VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
+    try:
+        step()
+    except (RuntimeError, MemoryError) as error:
+        if isinstance(error, RuntimeError) and "alloc" not in str(error):
+            raise
+        return None
+    return status_mb("self/status", "VmHWM") - before
+
+
+def spare_the_machine() -> None:
+    """Lets this process have most of the free memory, so that it fails and nothing else does."""
+    import resource
+
+    limit = status_mb("self/status", "VmSize") + SPARE * status_mb("meminfo", "MemAvailable")
+    resource.setrlimit(resource.RLIMIT_AS, (int(limit * 2**20), resource.RLIM_INFINITY))
+
+
+def status_mb(file: str, field: str) -> float:
+    lines = (Path("/proc") / file).read_text().splitlines()
+    return int(next(x for x in lines if x.startswith(field + ":")).split()[1]) / 1024
+
+
+def machine(args) -> dict:
+    cpus = Path("/proc/cpuinfo")
+    names = [
+        x for x in (cpus.read_text() if cpus.exists() else "").splitlines() if "model name" in x
+    ]
+    return {
+        "cpu": names[0].split(":")[1].strip() if names else platform.processor(),
+        "gpu": torch.cuda.get_device_name() if args.device == "cuda" else None,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+        "form": "kernel" if args.device == "cpu" and chunk_fused.kernel() else "plain",
+        "load": Path("/proc/loadavg").read_text().split()[0],
+    }
+
+
+# What it says
+
+
+def summary(args, rows: list[dict]) -> list[str]:
+    """From which length on the first Titans model is faster than each peer."""
+    said = []
+    for what, peer in (("train", "llama"), ("train", "mamba2"), ("decode", "llama")):
+        ours, theirs = (
+            {r["length"]: r["tokens_per_s"] for r in rows if keep(r, what, name)}
+            for name in (next(iter(models(args))), peer)
+        )
+        lead = {length: ours[length] / theirs[length] for length in ours if length in theirs}
+        if lead:
+            said.append(f"{what}s faster than {peer} {overtakes(lead)}")
+    return said
+
+
+def keep(row: dict, what: str, name: str) -> bool:
+    return row["what"] == what and row["model"] == name and "tokens_per_s" in row
+
+
+def overtakes(lead: dict[int, float]) -> str:
+    """The length at which lead passes 1, between measured ones on a double logarithmic scale."""
+    lengths = sorted(lead)
+    if lead[lengths[-1]] < 1:
+        return f"at no measured length ({lead[lengths[-1]]:.2f}x at {lengths[-1]:,})"
+    slower = [length for length in lengths if lead[length] < 1]
+    if not slower:
+        return f"at every measured length ({lead[lengths[0]]:.2f}x at {lengths[0]:,})"
+    a = slower[-1]
+    b = lengths[lengths.index(a) + 1]
+    share = -math.log(lead[a]) / (math.log(lead[b]) - math.log(lead[a]))
+    about = a * (b / a) ** share
+    return f"from about {float(f'{about:.2g}'):,.0f} tokens on (interpolated)"
+
+
+def show(report: dict) -> None:
+    shape, about = report["shape"], report["machine"]
+    table = Table(
+        title="{layers} layers of {width}, {heads} heads, segment {segment}, {dtype}".format(
+            **shape
+        ),
+        caption=f"{about['gpu'] or about['cpu']}, {about['threads']} threads, "
+        f"torch {about['torch']}, load {about['load']}",
+    )
+    for i, head in enumerate(["", "", "parameters", "tokens/s", "pytitans is", "MB"]):
+        table.add_column(head, justify="right" if i > 1 else "left")
+    last = None
+    for r in report["rows"]:
+        group = (r["what"], r["length"])
+        if group != last:
+            table.add_section()
+            ours, last = r["tokens_per_s"], group
+        title = "{what} {length:,}".format(**r)
+        if "note" in r:
+            table.add_row(title, r["model"], "", r["note"], "", "")
+            continue
+        table.add_row(
+            title, r["model"], f"{r['parameters'] / 1e6:.2f}M", f"{r['tokens_per_s']:,.0f}",
+            f"{ours / r['tokens_per_s']:.2f}x", f"{r['memory_mb']:,.1f}",
+        )  # fmt: skip
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    console.print(table)
+    for line in report["summary"]:
+        console.print(line)
+
+
+if __name__ == "__main__":
+    main()
