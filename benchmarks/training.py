@@ -246,7 +246,10 @@ def titans_pytorch(args) -> nn.Module:
             neural_memory_kwargs={"dim_head": head, "heads": args.heads},
         )  # fmt: skip
 
-    return build(fitted(build, 100, parameters_of_titans(args))).to(args.device)
+    model = build(fitted(build, 100, parameters_of_titans(args)))
+    for p in model.parameters():  # some are views that repeat one head's, which AdamW refuses
+        p.data = p.data.clone(memory_format=torch.contiguous_format)
+    return model.to(args.device)
 
 
 # What is measured: a closure for each model
@@ -458,13 +461,15 @@ def keep(row: dict, what: str, name: str) -> bool:
 def overtakes(lead: dict[int, float]) -> str:
     """The length at which lead passes 1, between measured ones on a double logarithmic scale."""
     lengths = sorted(lead)
-    if lead[lengths[-1]] < 1:
+    faster = [length for length in lengths if lead[length] >= 1]
+    if not faster:
         return f"at no measured length ({lead[lengths[-1]]:.2f}x at {lengths[-1]:,})"
-    slower = [length for length in lengths if lead[length] < 1]
-    if not slower:
+    if faster == lengths:
         return f"at every measured length ({lead[lengths[0]]:.2f}x at {lengths[0]:,})"
-    a = slower[-1]
-    b = lengths[lengths.index(a) + 1]
+    first = lengths.index(faster[0])
+    if lengths[first:] != faster or not first:
+        return f"at {', '.join(f'{length:,}' for length in faster)} tokens only"
+    a, b = lengths[first - 1 : first + 1]
     share = -math.log(lead[a]) / (math.log(lead[b]) - math.log(lead[a]))
     about = a * (b / a) ** share
     return f"from about {float(f'{about:.2g}'):,.0f} tokens on (interpolated)"
@@ -486,7 +491,7 @@ def show(report: dict) -> None:
         group = (r["what"], r["length"])
         if group != last:
             table.add_section()
-            ours, last = r["tokens_per_s"], group
+            ours, last = r.get("tokens_per_s", math.nan), group
         title = "{what} {length:,}".format(**r)
         if "note" in r:
             table.add_row(title, r["model"], "", r["note"], "", "")

@@ -43,7 +43,7 @@ def test_peers_have_the_parameters_of_titans(training):
     assert all(abs(size / target - 1) < 0.01 for size in sizes.values()), sizes
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # titans-pytorch's, where installed
+@pytest.mark.filterwarnings("ignore")  # titans-pytorch's, where it is installed
 def test_every_peer_takes_a_step(training):
     args = training.arguments([*TINY, "--lengths", "32"])
     for make in training.models(args).values():
@@ -53,16 +53,8 @@ def test_every_peer_takes_a_step(training):
 
 
 def test_the_command_reports(tmp_path):
-    command = [
-        sys.executable,
-        SCRIPT,
-        *TINY,
-        "--lengths",
-        "24",
-        "--peers",
-        "--json",
-        "a/table.json",
-    ]
+    options = ["--lengths=24", "--decode=2", "--peers", "--json=a/b.json"]
+    command = [sys.executable, SCRIPT, *TINY, *options]
     run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
     assert "pytitans mac, chunk 4" in run.stdout
@@ -74,4 +66,5 @@ def test_the_command_reports(tmp_path):
 def test_the_crossing_is_between_the_lengths_around_it(training):
     assert "from about 4,000" in training.overtakes({2000: 0.5, 8000: 2.0, 32000: 9.0})
     assert "no measured length" in training.overtakes({2000: 0.5, 8000: 0.9})
+    assert "at 2,000 tokens only" in training.overtakes({2000: 1.5, 8000: 0.5})
     assert "every measured length" in training.overtakes({2000: 1.5, 8000: 3.0})
