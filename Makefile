@@ -14,6 +14,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 
 # About eight minutes on two cores: train on Python's own library, score beside xz, write, plot.
 demo: $(VENV)/installed
+	rm -rf $(RUN)
 	$(BIN)/titans train --train.output_dir $(RUN)
 	$(BIN)/titans eval --model $(RUN) --limit 1000000
 	$(BIN)/titans generate --model $(RUN) --prompt "def read_lines(path):" --max_new_tokens 200
@@ -23,7 +24,7 @@ demo: $(VENV)/installed
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 # One thread a process: two processes share the cores better than their threads would.
 test: lint

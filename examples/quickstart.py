@@ -1,6 +1,6 @@
 """A memory model in a minute: build, train a little, read as a stream, continue. No data needed.
 
-    python examples/quickstart.py
+python examples/quickstart.py
 """
 
 import inspect

@@ -1,8 +1,8 @@
 """Makes transformers' Auto classes know Titans without importing transformers.
 
-`AutoModelForCausalLM.from_pretrained` of a Titans checkpoint needs our classes registered; they cost
-seconds to import. So they are registered when transformers' own Auto modules are imported, or at
-once where they already have been.
+`AutoModelForCausalLM.from_pretrained` of a Titans checkpoint needs our classes registered; they
+cost seconds to import. So they are registered when transformers' own Auto modules are imported, or
+at once where they already have been.
 """
 
 import sys

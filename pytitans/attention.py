@@ -101,7 +101,7 @@ class WindowAttention(Attention):
         head = KeysValues(*(y[:, :, : past + first] for y in placed))
         mask = self.first_mask(first, past, state.filled, fixed.k.shape[2], x.device)
         out = [attend(q[:, :, :first], [fixed, head], mask)]
-        if T > first:
+        if first < T:
             out.append(self.later_blocks(q, placed, fixed, past))
         return torch.cat(out, dim=1), self.after(seen, state, past, T, lengths)
 
@@ -109,7 +109,8 @@ class WindowAttention(Attention):
         """Who sees whom among `past` cached tokens and the call's first T <= window."""
         row = torch.arange(past, past + T, device=device)[:, None]
         column = torch.arange(past + T, device=device)
-        seen = (column <= row) & (column > row - self.window)
+        reach = row - column
+        seen = (reach >= 0) & (reach < self.window)
         if isinstance(filled, Tensor):
             seen = seen & (column >= past - filled[:, None, None, None])
         always = torch.ones(*seen.shape[:-1], P, dtype=torch.bool, device=device)
@@ -118,7 +119,7 @@ class WindowAttention(Attention):
     def later_blocks(self, q, placed, fixed, past) -> Tensor:
         """Tokens behind the first window, a window at a time: each block sees itself and the block
         before it, under one mask for all."""
-        W, (B, H, T, K) = self.window, q.shape
+        W, B, T = self.window, q.shape[0], q.shape[2]
         blocks = -(-T // W) - 1
         pad = (blocks + 1) * W - T
         q = F.pad(q[:, :, W:], (0, 0, 0, pad)).unflatten(2, (blocks, W))
@@ -161,11 +162,8 @@ class SegmentAttention(Attention):
         """q [B, H, t, head_dim]: the queries of a piece, of which `offset` (int or [B]) tokens of
         the segment went before; answers and tokens: those of the segment up to the piece's end."""
         t, n = q.shape[2], tokens.k.shape[2]
-        place = torch.arange(t, device=q.device)
-        if isinstance(offset, Tensor):
-            place = place + offset[:, None, None]  # [B, 1, t]
-        else:
-            place = place + offset
+        first = offset[:, None, None] if isinstance(offset, Tensor) else offset
+        place = torch.arange(t, device=q.device) + first  # [t] or [B, 1, t]
         seen = torch.arange(n, device=q.device) <= place[..., None]
         always = seen.new_ones(*seen.shape[:-1], persistent.k.shape[2])
         mask = torch.cat([always, seen, seen], dim=-1)

@@ -1,8 +1,8 @@
 """The four ways of the paper to join a memory to attention: MAC, MAG, MAL, and LMM without any.
 
-Each block maps x [B, T, dim] and its state to x + (what it adds) and the state after the last token.
-A sequence may be cut anywhere: nothing but the state connects two calls. `lengths` [B]: how many of
-the T tokens are a row's own (they come first); the rest change no state and no other token.
+Each block maps x [B, T, dim] and its state to x + (what it adds) and the state after the last
+token. A sequence may be cut anywhere: nothing but the state connects two calls. `lengths` [B]: how
+many of the T tokens are a row's own (they come first); the rest change no state and no other token.
 Axes: see `pytitans.shapes`.
 """
 
@@ -16,12 +16,12 @@ from pytitans.attention import KeysValues, SegmentAttention, WindowAttention, Wi
 from pytitans.layers import RMSNorm, rotate
 from pytitans.memory import LayerState, NeuralMemory
 from pytitans.ops import MemoryState
-from pytitans.state import advance, batch_of, map_state, pick_rows, put
+from pytitans.state import advance, batch_of, pick_rows, put
 
 
 class Gate(nn.Module):
-    """Joins attention's output y and the memory's m (section 4.1, 4.2): both normalised with learned
-    vectors, the memory through SiLU, then multiplied and mixed."""
+    """Joins attention's output y and the memory's m (section 4.1, 4.2): both normalised with
+    learned vectors, the memory through SiLU, then multiplied and mixed."""
 
     def __init__(self, dim: int):
         super().__init__()
@@ -153,25 +153,26 @@ class MAC(Block):
         return MACState(memory, memory.memory.M, tail, none, none, 0)
 
     def forward(self, x: Tensor, state: MACState | None = None, lengths: Tensor | None = None):
-        state = self.initial_state(x) if state is None else state
+        now = self.initial_state(x) if state is None else state
         u = self.norm(x)
-        asked, tail = self.memory.queries(u, state.tail, lengths)
+        asked, tail = self.memory.queries(u, now.tail, lengths)
         q, k, v = self.attention.project(u)
         persistent = self.attention.persistent(self.norm(self.persistent), x.shape[0])
         out, begin, left = [], 0, lengths
         while begin < x.shape[1]:
-            room = self.segment_len - state.position
+            room = self.segment_len - now.position
             end = min(begin + (int(room.min()) if isinstance(room, Tensor) else room), x.shape[1])
             piece = slice(begin, end)
             real = None if left is None else left.clamp(0, end - begin)
-            tokens = (u[:, piece], asked[:, piece], *(y[:, :, piece] for y in (q, k, v)))
-            y, state = self.read_piece(*tokens, persistent, state, real)
+            heads = [y[:, :, piece] for y in (q, k, v)]
+            y, now = self.read_piece(u[:, piece], asked[:, piece], heads, persistent, now, real)
             out.append(y)
             begin, left = end, None if left is None else left - (end - begin)
-        return x + torch.cat(out, dim=1), state._replace(tail=tail)
+        return x + torch.cat(out, dim=1), now._replace(tail=tail)
 
-    def read_piece(self, u, asked, q, k, v, persistent, state: MACState, real):
+    def read_piece(self, u, asked, qkv, persistent, state: MACState, real):
         """Part of one segment: recall, attend, write, gate."""
+        q, k, v = qkv
         place, t = state.position, q.shape[2]
         frozen = pick_rows(place == 0, state.memory.memory.M, state.frozen)
         h = self.attention.keys_values(self.memory.read(asked, u, MemoryState(frozen, (), ())))

@@ -67,8 +67,8 @@ class ShortConv(nn.Module):
 
 
 def last_tokens(seen: Tensor, count: int, lengths: Tensor | None) -> Tensor:
-    """The last `count` tokens of each row of [B, count + T, ...]: `count` tokens of the past, then a
-    call's T, of which `lengths` are the row's own."""
+    """The last `count` tokens of each row of [B, count + T, ...]: `count` tokens of the past, then
+    a call's T, of which `lengths` are the row's own."""
     if lengths is None:
         return seen[:, seen.shape[1] - count :]
     index = lengths[:, None] + torch.arange(count, device=seen.device)

@@ -49,8 +49,8 @@ class Closing(torch.autograd.Function):
         return x.clamp(min=0)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensors
+    def backward(ctx, *grad_outputs: Tensor) -> Tensor:
+        (x,), (grad,) = ctx.saved_tensors, grad_outputs
         return torch.where((x > 0) | (grad < 0), grad, 0)
 
 
@@ -132,18 +132,20 @@ class NeuralMemory(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """M_0 keeps a key's norm, as does LayerNorm's weight; without LayerNorm its last layer answers
-        little: an empty memory. The gates start so that a chunk of one repeated key moves the memory at most once towards its
-        value (row sums of C about 1). Heads forget at different speeds, as in RetNet, and in their
-        last layer alone: a deep memory that forgets every layer goes to 0, where no gradient is."""
+        """M_0 keeps a key's norm, as does LayerNorm's weight; without LayerNorm its last layer
+        answers little: an empty memory. The gates start so that a chunk of one repeated key moves
+        the memory at most once towards its value (row sums of C about 1). Heads forget at different
+        speeds, as in RetNet, and in their last layer alone: a deep memory that forgets every layer
+        goes to 0, where no gradient is."""
         for W in self.M_0:
             nn.init.normal_(W, std=self.head_dim**-0.5)
         if self.norm is None:
             with torch.no_grad():
                 self.M_0[-1].mul_(EMPTY)
         else:
-            nn.init.constant_(self.norm_weight, self.head_dim**-0.5)
-            nn.init.zeros_(self.norm_bias)
+            weight, bias = self.norm
+            nn.init.constant_(weight, self.head_dim**-0.5)
+            nn.init.zeros_(bias)
         nn.init.zeros_(self.to_gates.weight)
         step = 1 / (STEPS_A_CHUNK * max(1, self.depth - 1))  # every layer moves the answer
         heads, depth = self.num_heads, self.depth
@@ -206,10 +208,10 @@ class NeuralMemory(nn.Module):
         """Queries alone [B, T, H, K], for reading without writing, and the convolution's tail."""
         features = F.linear(x, self.qkv.weight[: self.dim])
         if self.conv is None:
-            q, tail = F.silu(features), features[:, :0]
+            q, end = F.silu(features), features[:, :0]
         else:
-            q, tail = self.conv(features, tail, lengths, slice(self.dim))
-        return unit(q.unflatten(-1, (self.num_heads, self.head_dim))), tail
+            q, end = self.conv(features, tail, lengths, slice(self.dim))
+        return unit(q.unflatten(-1, (self.num_heads, self.head_dim))), end
 
     def read(self, q: Tensor, x: Tensor, state: MemoryState) -> Tensor:
         """What the memory answers to `queries` of x, without writing (eq. 21)."""

@@ -5,8 +5,8 @@ Width, depth and heads are those of the camera-ready's Table 5 (400M has no row 
 tokens are its text's. Its parameter counts fit no fixed ratio of widths, so the feed-forward width
 is what makes up the named size, whichever the variant.
 
-The memory's weights are per head here, as the widths of heads in the table suggest, where one memory
-of full width would hold heads times as many.
+The memory's weights are per head here, as the table's heads suggest, where one memory of full width
+would hold heads times as many.
 """
 
 from dataclasses import dataclass

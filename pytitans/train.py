@@ -50,17 +50,18 @@ CURVE = "loss.png"
 
 # What `titans train` does when told nothing: a small model, a few minutes on two cores.
 DEFAULT_RUN: dict[str, Any] = {
-    "model.variant": "mac",
-    "model.hidden_size": 256,
-    "model.num_hidden_layers": 4,
+    "model.variant": "mal",
+    "model.hidden_size": 128,
+    "model.num_hidden_layers": 2,
     "model.num_attention_heads": 4,
-    "model.intermediate_size": 512,
-    "model.chunk_size": 64,
+    "model.intermediate_size": 384,
+    "model.memory_expansion": 2,
+    "model.chunk_size": 16,
     "model.segment_len": 128,
     "model.window": 128,
-    "data.sequence_length": 512,
-    "train.max_steps": 300,
-    "train.per_device_train_batch_size": 8,
+    "data.sequence_length": 1024,
+    "train.max_steps": 1500,
+    "train.per_device_train_batch_size": 2,
     "train.learning_rate": 2e-3,
     "train.warmup_steps": 50,
 }

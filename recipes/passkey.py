@@ -4,10 +4,10 @@
     python recipes/passkey.py chunk_size=64 memory_norm=true --steps 300
     python recipes/passkey.py variant=lmm --length 512
 
-Trains a small byte model on texts of at most --length bytes, half of them shorter, then asks for the
-key in longer ones, read as a stream. Prints the loss on the key's digits (2.30 is chance) and the
-share of keys recalled whole. `NAME=VALUE` are fields of TitansConfig. How layers start was chosen
-with it; see docs/log.md.
+Trains a small byte model on texts of at most --length bytes, half of them shorter, then asks for
+the key in longer ones, read as a stream. Prints the loss on the key's digits (2.30 is chance) and
+the share of keys recalled whole. `NAME=VALUE` are fields of TitansConfig. How layers start was
+chosen with it; see docs/log.md.
 """
 
 import argparse

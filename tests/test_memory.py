@@ -70,7 +70,7 @@ def test_deeper_memories_without_norm_learn_it_in_the_end(depth):
 
 @pytest.mark.parametrize("depth", [1, 2, 3, 4])
 def test_layer_norm_bounds_the_answer(depth):
-    """Its size is LayerNorm's, so no value is met exactly; forgetting makes it restless, not large."""
+    """Its size is LayerNorm's: no value is met exactly; forgetting makes it restless, not large."""
     losses = losses_on_a_repeated_token(make(depth=depth, norm=True).double(), 1024)
     assert min(losses) < losses[0]
     assert max(losses) < 9 * 2  # both heads: |k| + |LayerNorm| + |v|, each about 1, squared

@@ -18,16 +18,20 @@ class TitansConfig(PreTrainedConfig):
     Args:
         variant: "mac" (memory as a context), "mag" (as a gate), "mal" (as a layer), "lmm" (alone).
         vocab_size: 258 is the byte tokenizer's: 256 bytes, then <bos>/<eos> and <pad>.
-        hidden_size, num_hidden_layers, num_attention_heads, intermediate_size: as in Llama. Heads
-            are also the memory's: each has a memory of its own.
+        hidden_size: width of the residual stream.
+        num_hidden_layers: blocks, each followed by a feed-forward layer.
+        num_attention_heads: of attention, and of the memory: each head has a memory of its own.
+        intermediate_size: width of the feed-forward layers (SwiGLU).
         memory_depth: layers of the memory's MLP, 1 (linear) to 4. Paper: 2.
         memory_expansion: its hidden width over its input width. Paper: 4.
         memory_activation: "silu" or "gelu" (the paper's camera-ready; slower on CPUs).
         memory_norm: M(x) = x + LayerNorm(MLP(x)) instead of MLP(x).
-        memory_momentum, memory_decay: False leaves them out (the paper's ablation).
+        memory_momentum: False leaves momentum out (the paper's ablation).
+        memory_decay: False leaves forgetting out (likewise).
         conv_size: of the convolution on the memory's q, k, v; 0 leaves it out.
-        chunk_size: tokens that share one gradient point of the memory: part of the trained function.
-        segment_len: MAC's attention span. window: MAG's and MAL's attention reach.
+        chunk_size: tokens that share one gradient point of the memory; part of what is trained.
+        segment_len: MAC's attention span, in tokens.
+        window: MAG's and MAL's attention reach, in tokens.
         num_persistent: learned tokens that every token sees.
     """
 

@@ -72,9 +72,9 @@ class TitansPreTrainedModel(PreTrainedModel):
         """Llama's: normal with `initializer_range`, norms 1; for gates and M_0 the memory's own."""
         if isinstance(module, NeuralMemory):
             module.reset_parameters()
-        elif isinstance(module, nn.Linear) and not module.bias is not None:
-            init.normal_(module.weight, std=self.config.initializer_range)
-        elif isinstance(module, nn.Embedding):
+        elif isinstance(module, nn.Embedding) or (
+            isinstance(module, nn.Linear) and module.bias is None  # gates have one, and their own
+        ):
             init.normal_(module.weight, std=self.config.initializer_range)
         elif isinstance(module, nn.RMSNorm):
             init.ones_(module.weight)
@@ -147,6 +147,7 @@ class TitansModel(TitansPreTrainedModel):
             if inputs_embeds.isnan().any():
                 raise ValueError("inputs_embeds holds NaN: fill or drop the missing values")
             return inputs_embeds
+        assert input_ids is not None  # one of the two was given
         if input_ids.ndim != 2:
             raise ValueError(f"input_ids is [B, T]; got {tuple(input_ids.shape)}")
         if input_ids.device.type == "cpu" and input_ids.numel():  # elsewhere it would wait
@@ -234,12 +235,14 @@ class TitansForCausalLM(TitansPreTrainedModel, GenerationMixin):
             hidden_states=out.hidden_states,
         )
 
-    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
+    def _prepare_cache_for_generation(  # type: ignore - the parent says bool and returns nothing
+        self, generation_config, model_kwargs, *args, **kwargs
+    ) -> None:
+        """As transformers does, with our cache for its dynamic one."""
         given = model_kwargs.get("past_key_values")
         if given is not None or generation_config.use_cache is False:
-            return super()._prepare_cache_for_generation(
-                generation_config, model_kwargs, *args, **kwargs
-            )
+            prepare = super()._prepare_cache_for_generation  # type: ignore - its protocol of self
+            return prepare(generation_config, model_kwargs, *args, **kwargs)
         kind = generation_config.cache_implementation
         if kind not in (None, "dynamic"):
             raise ValueError(
