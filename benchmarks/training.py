@@ -49,6 +49,7 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig, LlamaForCausalLM, Mamba2Config, Mamba2ForCausalLM
+from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
 
 from pytitans.models import TitansConfig, TitansForCausalLM
 from pytitans.ops import chunk_fused, neural_memory
@@ -206,10 +207,10 @@ def llama(args) -> nn.Module:
         config = LlamaConfig(
             vocab_size=like.vocab_size, hidden_size=args.width, num_hidden_layers=args.layers,
             num_attention_heads=args.heads, intermediate_size=intermediate_size,
-            max_position_embeddings=2**22, tie_word_embeddings=True, attn_implementation="sdpa",
+            max_position_embeddings=2**22, tie_word_embeddings=True,
             bos_token_id=256, eos_token_id=256,
         )  # fmt: skip
-        return LlamaForCausalLM(config)
+        return LlamaForCausalLM._from_config(config, attn_implementation="sdpa")
 
     size = fitted(build, args.width, parameters_of_titans(args))
     return build(size).to(args.device)
@@ -233,7 +234,7 @@ def mamba2(args) -> nn.Module:
 
 
 def titans_pytorch(args) -> nn.Module:
-    from titans_pytorch import MemoryAsContextTransformer
+    from titans_pytorch import MemoryAsContextTransformer  # pyright: ignore
 
     like, hundredths = titans_config(args, args.chunk[0]), 0.01
     head = args.width // args.heads
@@ -280,8 +281,9 @@ def suit_chunks(model: Mamba2ForCausalLM, length: int) -> None:
     """The chunk at which plain torch makes the fewest elements: tokens by chunk by state within
     chunks, chunks by chunks by states between them. It does not change the result."""
     exponent = math.log2(2 * length * model.config.head_dim) / 3
-    for layer in model.backbone.layers:
-        layer.mixer.chunk_size = 2 ** round(exponent)
+    for part in model.modules():
+        if isinstance(part, Mamba2Mixer):
+            part.chunk_size = 2 ** round(exponent)
 
 
 class Decoder:
@@ -486,7 +488,7 @@ def show(report: dict) -> None:
     )
     for i, head in enumerate(["", "", "parameters", "tokens/s", "pytitans is", "MB"]):
         table.add_column(head, justify="right" if i > 1 else "left")
-    last = None
+    last, ours = None, math.nan
     for r in report["rows"]:
         group = (r["what"], r["length"])
         if group != last:
