@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from pytitans.memory import NeuralMemory
     from pytitans.models import TitansConfig, TitansForCausalLM, TitansModel
     from pytitans.ops import MemoryState, initial_state, neural_memory, retrieve
+    from pytitans.recurrences import recurrence
 
 __version__ = "0.1.0"
 
@@ -35,6 +36,7 @@ _HOME = {
     "TitansModel": "models",
     "initial_state": "ops",
     "neural_memory": "ops",
+    "recurrence": "recurrences",
     "retrieve": "ops",
 }
 
@@ -51,6 +53,7 @@ __all__ = [
     "TitansModel",
     "initial_state",
     "neural_memory",
+    "recurrence",
     "retrieve",
 ]
 

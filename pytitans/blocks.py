@@ -158,17 +158,30 @@ class MAC(Block):
         asked, tail = self.memory.queries(u, now.tail, lengths)
         q, k, v = self.attention.project(u)
         persistent = self.attention.persistent(self.norm(self.persistent), x.shape[0])
-        out, begin, left = [], 0, lengths
-        while begin < x.shape[1]:
-            room = self.segment_len - now.position
-            end = min(begin + (int(room.min()) if isinstance(room, Tensor) else room), x.shape[1])
-            piece = slice(begin, end)
-            real = None if left is None else left.clamp(0, end - begin)
-            heads = [y[:, :, piece] for y in (q, k, v)]
-            y, now = self.read_piece(u[:, piece], asked[:, piece], heads, persistent, now, real)
+        sizes = self.pieces(now.position, x.shape[1], lengths)
+        # cut at once: a slice for each piece would cost its backward the whole length each time
+        by_token = zip(*(y.split(sizes, dim=1) for y in (u, asked)), strict=True)
+        by_head = zip(*(y.split(sizes, dim=2) for y in (q, k, v)), strict=True)
+        out, left = [], lengths
+        for size, (u_t, asked_t), heads in zip(sizes, by_token, by_head, strict=True):
+            real = None if left is None else left.clamp(0, size)
+            y, now = self.read_piece(u_t, asked_t, heads, persistent, now, real)
             out.append(y)
-            begin, left = end, None if left is None else left - (end - begin)
+            left = None if left is None else left - size
         return x + torch.cat(out, dim=1), now._replace(tail=tail)
+
+    def pieces(self, position: int | Tensor, T: int, lengths: Tensor | None) -> list[int]:
+        """How many tokens at a time, so that no row crosses the end of its segment in a piece."""
+        sizes, left = [], lengths
+        while T:
+            room = self.segment_len - position
+            size = min(int(room.min()) if isinstance(room, Tensor) else room, T)
+            position = advance(
+                position, size, None if left is None else left.clamp(0, size), self.segment_len
+            )
+            sizes.append(size)
+            T, left = T - size, None if left is None else left - size
+        return sizes
 
     def read_piece(self, u, asked, qkv, persistent, state: MACState, real):
         """Part of one segment: recall, attend, write, gate."""

@@ -1,4 +1,4 @@
-"""The paper's model sizes as configurations.
+"""The paper's model sizes as configurations. The field's memories by name: `recurrences.py`.
 
 Width, depth and heads are those of the camera-ready's Table 5 (400M has no row there: it takes the
 340M one with a wider feed-forward layer); chunk 16, segment 512, window 2048 and 128 persistent
