@@ -8,6 +8,7 @@ imported by the command that needs them, so help is quick.
 import argparse
 import dataclasses
 import json
+import os
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -65,6 +66,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if command not in COMMANDS:
             raise ValueError(f"{command!r} is no command: choose {', '.join(COMMANDS)}")
         return COMMANDS[command]([long_name(option) for option in options])
+    except BrokenPipeError:  # `titans info | head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except KeyboardInterrupt as stop:
         print(f"titans: stopped{'; ' if str(stop) else ''}{stop}", file=sys.stderr)
         return 130
