@@ -12,13 +12,13 @@ from pytitans import TitansConfig, TitansForCausalLM
 
 torch.manual_seed(0)
 model = TitansForCausalLM(
-    TitansConfig(variant="mac", hidden_size=64, num_hidden_layers=2, intermediate_size=128)
+    TitansConfig(variant="mal", hidden_size=64, num_hidden_layers=2, intermediate_size=128)
 )
 text = torch.tensor([list(inspect.getsource(statistics).encode())])  # bytes are the tokens
 print(f"{model.num_parameters():,} parameters, a text of {text.shape[1]:,} bytes")
 
-optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-for step in range(60):
+optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+for step in range(120):
     start = int(torch.randint(text.shape[1] - 1024, ()))
     piece = text[:, start : start + 1024]
     loss = model(piece, labels=piece).loss
@@ -26,7 +26,7 @@ for step in range(60):
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
     optimizer.zero_grad()
-    if step % 20 == 19:
+    if step % 40 == 39:
         print(f"step {step + 1}: {loss.item() / 0.6931:.2f} bits per byte")
 
 model.eval()

@@ -117,6 +117,9 @@ class NeuralMemory(nn.Module):
         # gradients frozen over a chunk add up: the more tokens share one, the smaller their steps
         self.largest_step = min(1.0, STEPS_A_CHUNK / chunk_size)
         self.options = {"activation": activation, "objective": objective, "online": online}
+        # of the size of M_0's answers: however small forgetting makes them, LayerNorm then cannot
+        # enlarge a step without bound, and a memory that knows nothing answers nothing
+        self.norm_eps = 1 / self.head_dim
         self.qkv = nn.Linear(dim, 3 * dim, bias=False)
         self.conv = ShortConv(3 * dim, conv_size) if conv_size else None
         self.gates = ["lr", *["momentum"] * momentum, *["decay"] * decay]
@@ -187,7 +190,8 @@ class NeuralMemory(nn.Module):
             mask = torch.arange(x.shape[1], device=x.device) < lengths[:, None]
         retrieved, memory = neural_memory(
             unit(q), unit(k), v, *self.gate_values(x), state.memory,
-            chunk_size=self.chunk_size, norm=self.norm, mask=mask, **self.options,
+            chunk_size=self.chunk_size, norm=self.norm, norm_eps=self.norm_eps,
+            mask=mask, **self.options,
         )  # fmt: skip
         return self.answer(retrieved, x), LayerState(memory, tail)
 
@@ -215,8 +219,8 @@ class NeuralMemory(nn.Module):
 
     def read(self, q: Tensor, x: Tensor, state: MemoryState) -> Tensor:
         """What the memory answers to `queries` of x, without writing (eq. 21)."""
-        activation = self.options["activation"]
-        return self.answer(retrieve(q, state, activation=activation, norm=self.norm), x)
+        options = {"activation": self.options["activation"], "norm": self.norm}
+        return self.answer(retrieve(q, state, norm_eps=self.norm_eps, **options), x)
 
     def answer(self, retrieved: Tensor, x: Tensor) -> Tensor:
         """[B, T, H, V] -> [B, T, dim]: normalised per head, gated by the input, mixed."""

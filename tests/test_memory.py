@@ -47,7 +47,9 @@ def losses_on_a_repeated_token(memory, tokens):
     state, losses = None, []
     for piece in x.split(memory.chunk_size, dim=1):
         _, state = memory(piece, state)
-        answer = retrieve(F.normalize(k, dim=-1)[:, -1:], state.memory, norm=memory.norm)
+        answer = retrieve(
+            F.normalize(k, dim=-1)[:, -1:], state.memory, norm=memory.norm, norm_eps=memory.norm_eps
+        )
         losses.append((answer - v[:, -1:]).square().sum().item())
     return losses
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from pytitans.ops.chunk import chunk_memory
 from pytitans.ops.naive import (
     ACTIVATIONS,
+    NORM_EPS,
     Activation,
     Gate,
     MemoryState,
@@ -46,6 +47,7 @@ def neural_memory(
     objective: Objective = "l2",
     activation: Activation = "silu",
     norm: Norm | None = None,
+    norm_eps: float = NORM_EPS,
     online: bool = False,
     mask: Bool[Tensor, "B T"] | None = None,
     backend: Backend = "auto",
@@ -67,6 +69,8 @@ def neural_memory(
         objective: "l2", 0.5 |M(k) - v|^2, or "dot", -<M(k), v>.
         activation: between the memory's layers, "silu" or "gelu" (erf).
         norm: (weight, bias), each [H, V]: M(x) = x + LayerNorm(MLP(x)); needs K = V.
+        norm_eps: what LayerNorm adds to the variance. The gradient in the MLP is at most
+            weight / sqrt(norm_eps) times the error: the smaller, the less a step is bounded.
         online: gradients at M_{t-1}: depth 1, no norm. chunk_size is then only a tile.
         mask: False where a token does not exist: state and position stay as they are there and the
             answer is 0. Rows may have gaps anywhere.
@@ -80,7 +84,7 @@ def neural_memory(
         ValueError: shapes that disagree, an unknown option, chunk_size < 1, NaN in the inputs.
     """
     check_inputs(q, k, v, (lr, log_momentum, log_decay), state, norm, mask)
-    check_options(chunk_size, objective, activation, online, len(state.M), norm)
+    check_options(chunk_size, objective, activation, online, len(state.M), norm, norm_eps)
     if q.shape[1] == 0:
         return v.new_zeros(v.shape), state
     op = choose(backend, online)
@@ -88,7 +92,7 @@ def neural_memory(
         return op(
             q, k, v, lr, log_momentum, log_decay, state,
             chunk_size=chunk_size, objective=objective, activation=activation,
-            norm=norm, online=online, mask=mask,
+            norm=norm, norm_eps=norm_eps, online=online, mask=mask,
         )  # fmt: skip
 
 
@@ -107,6 +111,7 @@ def retrieve(
     *,
     activation: Activation = "silu",
     norm: Norm | None = None,
+    norm_eps: float = NORM_EPS,
 ) -> Float[Tensor, "B T H V"]:
     """M(q) at the state's memory, without writing (eq. 15). Result in q's dtype."""
     if q.ndim != 4 or q.shape[-1] != state.M[0].shape[-2]:
@@ -115,7 +120,7 @@ def retrieve(
         )
     affine = None if norm is None else tuple(x[:, None].to(q.dtype) for x in norm)
     M = tuple(W.to(q.dtype) for W in state.M)
-    return apply_memory(M, q.transpose(1, 2), activation, affine).transpose(1, 2)
+    return apply_memory(M, q.transpose(1, 2), activation, affine, norm_eps).transpose(1, 2)
 
 
 def check_inputs(q, k, v, gates, state, norm, mask) -> None:
@@ -156,12 +161,14 @@ def check_inputs(q, k, v, gates, state, norm, mask) -> None:
                 )
 
 
-def check_options(chunk_size, objective, activation, online, layers, norm) -> None:
+def check_options(chunk_size, objective, activation, online, layers, norm, norm_eps) -> None:
     if chunk_size < 1:
         raise ValueError(f"chunk_size={chunk_size} is not a number of tokens: use 1 or more")
     if objective not in ("l2", "dot"):
         raise ValueError(f"objective={objective!r} is unknown: choose 'l2' or 'dot'")
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation={activation!r} is unknown: choose from {sorted(ACTIVATIONS)}")
+    if norm is not None and not norm_eps > 0:
+        raise ValueError(f"norm_eps={norm_eps} must be above 0")
     if online and (layers > 1 or norm is not None):
         raise ValueError("online=True is exact for a linear memory only: one layer, no norm")

@@ -20,7 +20,7 @@ from torch.compiler import is_compiling
 
 from pytitans.ops import chunk_fused, chunk_plain
 from pytitans.ops.chunk_plain import Inputs, Run
-from pytitans.ops.naive import Activation, Gate, MemoryState, Norm, Objective, pick
+from pytitans.ops.naive import NORM_EPS, Activation, Gate, MemoryState, Norm, Objective, pick
 
 ARITY = len(Inputs._fields)
 
@@ -91,6 +91,7 @@ def chunk_memory(
     objective: Objective = "l2",
     activation: Activation = "silu",
     norm: Norm | None = None,
+    norm_eps: float = NORM_EPS,
     online: bool = False,
     mask: Bool[Tensor, "B T"] | None = None,
 ) -> tuple[Float[Tensor, "B T H V"], MemoryState]:
@@ -100,7 +101,7 @@ def chunk_memory(
     tokens = (q, k, v, lr, log_momentum, log_decay)
     weight, bias = norm or (None, None)
     if mask is None and isinstance(state.position, int):
-        run = Run(chunk_size, state.position, objective, activation, None)
+        run = Run(chunk_size, state.position, objective, activation, None, norm_eps)
         position = (state.position + q.shape[1]) % chunk_size
         within = state.position + q.shape[1] <= chunk_size
         inputs, opened = Inputs(*tokens, weight, bias, None), state.position > 0
@@ -115,7 +116,7 @@ def chunk_memory(
     inputs = Inputs._make((*spread, weight, bias, on_grid(real, slot, real, width)))
     begun = torch.as_tensor(state.position, device=q.device).expand(q.shape[0]) > 0
     state = state._replace(anchor=pick(begun, state.anchor, state.M))
-    run = Run(chunk_size, 0, objective, activation, (filled - 1) // chunk_size)
+    run = Run(chunk_size, 0, objective, activation, (filled - 1) // chunk_size, norm_eps)
     out, end = read(run, inputs, state, True, anchor=True)
     rows = torch.arange(q.shape[0], device=q.device)[:, None]
     out = out[rows, slot].masked_fill(~real[..., None, None], 0.0)

@@ -52,6 +52,7 @@ class Args(ctypes.Structure):
         *fields(Weights, "g_M1 g_S1 g_anchor"),
         *fields(ctypes.c_void_p, "g_q g_k g_v g_lr g_log_momentum g_log_decay g_weight g_bias"),
         *fields(Weights, "g_M0 g_S0 g_A0"),
+        ("norm_eps", ctypes.c_double),
     )
 
 
@@ -137,7 +138,7 @@ class Call:
             B=B, T=T, H=H, L=len(M), chunk=run.chunk_size, offset=run.offset, group=GROUP,
             dot=run.objective == "dot", gelu=run.activation == "gelu",
             normed=inputs.weight is not None, momentum=bool(S), gate_layers=self.gate_layers,
-            width=(ctypes.c_int64 * (MAX_LAYERS + 1))(*widths),
+            width=(ctypes.c_int64 * (MAX_LAYERS + 1))(*widths), norm_eps=run.norm_eps,
         )  # fmt: skip
         self.point(**self.inputs._asdict(), last=run.last)
         self.point_layers(M0=M, S0=S, A0=A)

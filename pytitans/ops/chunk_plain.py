@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pytitans.ops.gates import ChunkGates, chunk_gates
-from pytitans.ops.naive import ACTIVATIONS, NORM_EPS, Activation, Objective
+from pytitans.ops.naive import ACTIVATIONS, Activation, Objective
 
 GROUP = 8  # chunks between two states that are kept
 TINY = 1e-30  # smaller entries of a state are 0: denormals slow matmuls down five times
@@ -51,6 +51,7 @@ class Run(NamedTuple):
     objective: Objective
     activation: Activation
     last: Tensor | None  # each row's last chunk with a token that exists; None: the call's last
+    norm_eps: float
 
     def groups(self, T: int) -> list[tuple[int, int, int]]:
         """(first token, width, number) of runs of equal chunks, at most GROUP at a time."""
@@ -89,10 +90,10 @@ def curvature(x: Tensor, activation: Activation) -> Tensor:
     return (2 - x * x) * torch.exp(-0.5 * x * x) * INV_SQRT_2PI
 
 
-def standardise(z: Tensor) -> tuple[Tensor, Tensor]:
+def standardise(z: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """LayerNorm's unit vector, and the factor it was multiplied by."""
     variance, mean = torch.var_mean(z, dim=-1, keepdim=True, correction=0)
-    scale = (variance + NORM_EPS).rsqrt()
+    scale = (variance + eps).rsqrt()
     return (z - mean) * scale, scale
 
 
@@ -104,8 +105,8 @@ def output_error(k, z, v, norm, objective: Objective) -> Tensor:
     """The loss's gradient in z, the MLP's output: through the residual and LayerNorm if any."""
     if norm is None:
         return -v if objective == "dot" else z - v
-    weight, bias = norm
-    unit, scale = standardise(z)
+    weight, bias, eps = norm
+    unit, scale = standardise(z, eps)
     error = -v if objective == "dot" else k + unit * weight + bias - v
     return standardise_back(error * weight, unit, scale)
 
@@ -114,8 +115,8 @@ def output_error_back(g_d, k, z, v, norm, objective: Objective):
     """From the gradient in `output_error` to those in k, z, v and, if any, the norm's two."""
     if norm is None:
         return (None, None, -g_d, None) if objective == "dot" else (None, g_d, -g_d, None)
-    weight, bias = norm
-    unit, scale = standardise(z)
+    weight, bias, eps = norm
+    unit, scale = standardise(z, eps)
     error = -v if objective == "dot" else k + unit * weight + bias - v
     g = error * weight
     along = (g * unit).mean(-1, keepdim=True)
@@ -162,8 +163,8 @@ def read_layer(x, W, S, h, d, g: ChunkGates):
 def residual_norm(q, y, norm) -> Tensor:
     if norm is None:
         return y
-    weight, bias = norm
-    return q + F.layer_norm(y, y.shape[-1:], eps=NORM_EPS) * weight + bias
+    weight, bias, eps = norm
+    return q + F.layer_norm(y, y.shape[-1:], eps=eps) * weight + bias
 
 
 def add_product(base: Tensor, a: Tensor, b: Tensor, alpha: int = 1) -> Tensor:
@@ -203,7 +204,8 @@ class Chunks:
         self.norm = None
         if inputs.weight is not None and inputs.bias is not None:
             pair = (inputs.weight, inputs.bias)
-            self.norm = tuple(x.to(self.narrow).repeat(self.B, 1)[:, None] for x in pair)
+            rows = (x.to(self.narrow).repeat(self.B, 1)[:, None] for x in pair)
+            self.norm = (*rows, run.norm_eps)
 
     def cut(self, begin: int, width: int) -> list[Tensor]:
         return [self.heads(x, begin, width) for x in self.tokens]
@@ -303,7 +305,7 @@ class Gradients:
     def __init__(self, chunks: Chunks, g_M, g_S):
         self.q, self.k, self.v = (torch.empty_like(x) for x in chunks.tokens)
         self.gates = [None if x is None else torch.empty_like(x) for x in chunks.gates]
-        self.norm = [torch.zeros_like(x, dtype=chunks.wide) for x in chunks.norm or ()]
+        self.norm = [torch.zeros_like(x, dtype=chunks.wide) for x in (chunks.norm or ())[:2]]
         self.M, self.S, self.A = g_M, g_S, []
 
     def inputs(self, chunks: Chunks) -> list[Tensor | None]:
@@ -375,7 +377,7 @@ def chunk_back(chunks: Chunks, step, g_out, g: Gradients, g_gates) -> list[Tenso
     g_y = chunks.heads(g_out, begin, q.shape[1])
     g_q = None
     if chunks.norm is not None:
-        unit, scale = standardise(y[-1])
+        unit, scale = standardise(y[-1], chunks.norm[2])
         for total, part in zip(g.norm, (g_y * unit, g_y), strict=True):
             total.add_(part.sum(1, keepdim=True, dtype=total.dtype))
         g_q, g_y = g_y, standardise_back(g_y * chunks.norm[0], unit, scale)

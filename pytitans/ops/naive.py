@@ -31,7 +31,7 @@ Objective = Literal["l2", "dot"]
 Activation = Literal["silu", "gelu"]
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "gelu": F.gelu}
-NORM_EPS = 1e-5  # of the LayerNorm inside the memory
+NORM_EPS = 1e-5  # of the LayerNorm inside the memory, unless told
 
 
 class MemoryState(NamedTuple):
@@ -56,7 +56,9 @@ def initial_state(M: Weights) -> MemoryState:
     return MemoryState(M, tuple(torch.zeros_like(W) for W in M), M, 0)
 
 
-def apply_memory(M: tuple[Tensor, ...], x: Tensor, activation: Activation, norm) -> Tensor:
+def apply_memory(
+    M: tuple[Tensor, ...], x: Tensor, activation: Activation, norm, norm_eps: float
+) -> Tensor:
     """M(x). `norm`: None, or (weight, bias) that broadcast against the result."""
     first, *rest = M
     y = x @ first
@@ -65,21 +67,23 @@ def apply_memory(M: tuple[Tensor, ...], x: Tensor, activation: Activation, norm)
     if norm is None:
         return y
     weight, bias = norm
-    return x + F.layer_norm(y, y.shape[-1:], eps=NORM_EPS) * weight + bias
+    return x + F.layer_norm(y, y.shape[-1:], eps=norm_eps) * weight + bias
 
 
-def associative_loss(M, k, v, norm, objective: Objective, activation: Activation) -> Tensor:
-    prediction = apply_memory(M, k, activation, norm)
+def associative_loss(
+    M, k, v, norm, objective: Objective, activation: Activation, norm_eps: float
+) -> Tensor:
+    prediction = apply_memory(M, k, activation, norm, norm_eps)
     if objective == "dot":
         return -(prediction * v).sum()
     return 0.5 * (prediction - v).square().sum()
 
 
-def momentary_surprise(M, k_BHK, v_BHV, norm, objective, activation):
+def momentary_surprise(M, k_BHK, v_BHV, norm, *options):
     """The gradient of one token's loss in M, for each row and head by itself."""
 
     def loss(M, k, v, norm):
-        return associative_loss(M, k, v, norm, objective, activation)
+        return associative_loss(M, k, v, norm, *options)
 
     over_heads = vmap(grad(loss), in_dims=(0, 0, 0, None if norm is None else 0))
     return vmap(over_heads, in_dims=(0, 0, 0, None))(M, k_BHK, v_BHV, norm)
@@ -107,6 +111,7 @@ def naive_memory(
     objective: Objective = "l2",
     activation: Activation = "silu",
     norm: Norm | None = None,
+    norm_eps: float = NORM_EPS,
     online: bool = False,
     mask: Bool[Tensor, "B T"] | None = None,
 ) -> tuple[Float[Tensor, "B T H V"], MemoryState]:
@@ -128,14 +133,14 @@ def naive_memory(
         real = torch.ones_like(row_position, dtype=torch.bool) if mask is None else mask[:, t]
         starts = (row_position == 0) | online
         anchor = pick(starts & real, M, anchor)
-        u = momentary_surprise(anchor, k_[:, t], v_[:, t], norm, objective, activation)
+        u = momentary_surprise(anchor, k_[:, t], v_[:, t], norm, objective, activation, norm_eps)
         S_t = tuple(momentum[i, :, t] * S[i] - lr_[i, :, t] * u[i] for i in range(L))
         M_t = tuple(decay[i, :, t] * M[i] + S_t[i] for i in range(L))
         M = pick(real, M_t, M)
         S = S if log_momentum is None else pick(real, S_t, S)
         row_position = torch.where(real, (row_position + 1) % chunk_size, row_position)
         affine = None if norm is None else tuple(x[:, None] for x in norm)
-        answer = apply_memory(M, q_[:, t, :, None], activation, affine)[:, :, 0]
+        answer = apply_memory(M, q_[:, t, :, None], activation, affine, norm_eps)[:, :, 0]
         retrieved.append(answer.masked_fill(~real[:, None, None], 0.0))
     if online:  # every token is a chunk of its own
         row_position = torch.zeros_like(row_position)

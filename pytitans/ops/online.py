@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pytitans.ops.chunk_plain import layer_end, read_layer
 from pytitans.ops.gates import chunk_gates
-from pytitans.ops.naive import MemoryState
+from pytitans.ops.naive import NORM_EPS, MemoryState
 
 
 def before_write(row: Tensor, first: float) -> Tensor:
@@ -38,6 +38,7 @@ def online_memory(
     objective="l2",
     activation="silu",
     norm=None,
+    norm_eps=NORM_EPS,
     online=True,
     mask=None,
 ):

@@ -103,7 +103,11 @@ def test_repeated_token_is_learned_at_test_time(variant):
     from pytitans.ops import retrieve
 
     def loss(state):
-        return (retrieve(key, state.memory, norm=memory.norm) - value).square().sum()
+        return (
+            (retrieve(key, state.memory, norm=memory.norm, norm_eps=memory.norm_eps) - value)
+            .square()
+            .sum()
+        )
 
     assert q.shape == key.shape
     assert loss(end) < loss(start)

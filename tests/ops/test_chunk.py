@@ -46,6 +46,12 @@ def test_is_the_definition_with_norm(depth, objective):
     assert_is_the_definition(chunk_memory, inputs, chunk_size=4, objective=objective)
 
 
+@pytest.mark.parametrize("norm_eps", [1e-8, 0.25])
+def test_is_the_definition_with_any_norm_eps(norm_eps):
+    inputs = make_inputs(V=4, norm=True)
+    assert_is_the_definition(chunk_memory, inputs, chunk_size=4, norm_eps=norm_eps)
+
+
 @pytest.mark.parametrize("per_layer", [("lr",), ("log_momentum",), ("log_decay",), ALL_GATES])
 def test_is_the_definition_with_a_gate_for_each_layer(per_layer):
     assert_is_the_definition(chunk_memory, make_inputs(depth=3, per_layer=per_layer), chunk_size=4)

@@ -51,7 +51,7 @@ def test_hebbian_rule_by_hand():
 def test_a_deep_memory_is_an_mlp_with_residual_and_norm(activation):
     x = make_inputs(depth=3, V=4, norm=True)
     M, norm = state_of(x).M, (x["weight"][:, None], x["bias"][:, None])
-    got = apply_memory(M, x["q"].transpose(1, 2), activation, norm)[1, 1, 2]
+    got = apply_memory(M, x["q"].transpose(1, 2), activation, norm, NORM_EPS)[1, 1, 2]
     act = getattr(torch.nn.functional, activation)
     y = x["q"][1, 2, 1]
     y = act(act(y @ M[0][1, 1]) @ M[1][1, 1]) @ M[2][1, 1]

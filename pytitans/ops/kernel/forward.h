@@ -65,7 +65,7 @@ void Head<T>::standardise(const T* z, T* unit, T* scale) const {
       T x = z[f * C + i] - mean[i];
       unit[f * C + i] = x, scale[i] += x * x;
     }
-  for (int64_t i = 0; i < C; i++) scale[i] = 1 / std::sqrt(scale[i] / V + T(NORM_EPS));
+  for (int64_t i = 0; i < C; i++) scale[i] = 1 / std::sqrt(scale[i] / V + T(a.norm_eps));
   for (int64_t f = 0; f < V; f++)
     for (int64_t i = 0; i < C; i++) unit[f * C + i] *= scale[i];
 }

@@ -8,7 +8,6 @@
 #include "product.h"
 
 constexpr int MAX_LAYERS = 8, MAX_GROUP = 16;
-constexpr double NORM_EPS = 1e-5;
 
 extern "C" struct Args {
   int64_t B, T, H, L, chunk, offset, dot, gelu, group, normed, momentum, gate_layers;
@@ -21,6 +20,7 @@ extern "C" struct Args {
   const void *g_out, *g_M1[MAX_LAYERS], *g_S1[MAX_LAYERS], *g_anchor[MAX_LAYERS];
   void *g_q, *g_k, *g_v, *g_lr, *g_log_momentum, *g_log_decay, *g_weight, *g_bias;
   void *g_M0[MAX_LAYERS], *g_S0[MAX_LAYERS], *g_A0[MAX_LAYERS];
+  double norm_eps;
 };
 
 namespace {
