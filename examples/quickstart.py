@@ -41,4 +41,4 @@ with torch.no_grad():
 
 prompt = torch.tensor([list(b"def median(data):\n")])
 new = model.generate(prompt, max_new_tokens=60, do_sample=False)[0, prompt.shape[1] :]
-print(bytes(token for token in new.tolist() if token < 256).decode(errors="replace"))
+print(repr(bytes(token for token in new.tolist() if token < 256).decode(errors="replace")))
