@@ -60,7 +60,7 @@ DEFAULT_RUN: dict[str, Any] = {
     "model.segment_len": 128,
     "model.window": 128,
     "data.sequence_length": 1024,
-    "train.max_steps": 1500,
+    "train.max_steps": 2200,
     "train.per_device_train_batch_size": 2,
     "train.learning_rate": 2e-3,
     "train.warmup_steps": 50,

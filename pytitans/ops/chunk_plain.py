@@ -101,23 +101,23 @@ def standardise_back(g: Tensor, unit: Tensor, scale: Tensor) -> Tensor:
     return scale * (g - g.mean(-1, keepdim=True) - unit * (g * unit).mean(-1, keepdim=True))
 
 
-def output_error(k, z, v, norm, objective: Objective) -> Tensor:
+def output_error(k, z, v, norm, run: Run) -> Tensor:
     """The loss's gradient in z, the MLP's output: through the residual and LayerNorm if any."""
     if norm is None:
-        return -v if objective == "dot" else z - v
-    weight, bias, eps = norm
-    unit, scale = standardise(z, eps)
-    error = -v if objective == "dot" else k + unit * weight + bias - v
+        return -v if run.objective == "dot" else z - v
+    weight, bias = norm
+    unit, scale = standardise(z, run.norm_eps)
+    error = -v if run.objective == "dot" else k + unit * weight + bias - v
     return standardise_back(error * weight, unit, scale)
 
 
-def output_error_back(g_d, k, z, v, norm, objective: Objective):
+def output_error_back(g_d, k, z, v, norm, run: Run):
     """From the gradient in `output_error` to those in k, z, v and, if any, the norm's two."""
     if norm is None:
-        return (None, None, -g_d, None) if objective == "dot" else (None, g_d, -g_d, None)
-    weight, bias, eps = norm
-    unit, scale = standardise(z, eps)
-    error = -v if objective == "dot" else k + unit * weight + bias - v
+        return (None, None, -g_d, None) if run.objective == "dot" else (None, g_d, -g_d, None)
+    weight, bias = norm
+    unit, scale = standardise(z, run.norm_eps)
+    error = -v if run.objective == "dot" else k + unit * weight + bias - v
     g = error * weight
     along = (g * unit).mean(-1, keepdim=True)
     bare = g - g.mean(-1, keepdim=True) - unit * along  # the error is scale * bare
@@ -126,12 +126,12 @@ def output_error_back(g_d, k, z, v, norm, objective: Objective):
     g_g = g_bare - g_bare.mean(-1, keepdim=True) - unit * g_along
     g_unit = -g_bare * along - g * g_along
     g_error, g_weight = g_g * weight, g_g * error
-    if objective == "l2":
+    if run.objective == "l2":
         g_unit = g_unit + g_error * weight
         g_weight = g_weight + g_error * unit
     g_scale = (g_d * bare).mean(-1, keepdim=True)
     g_z = standardise_back(g_unit, unit, scale) - g_scale * scale * scale * unit
-    if objective == "dot":
+    if run.objective == "dot":
         return None, g_z, -g_error, (g_weight, torch.zeros_like(g_error))
     return g_error, g_z, -g_error, (g_weight, g_error)
 
@@ -144,7 +144,7 @@ def write_pass(A, k, v, norm, run) -> Writes:
         if i + 1 < L:
             h.append(act(z[i]))
     slopes = [slope(x, run.activation) for x in z[:-1]]
-    d, t = [output_error(k, z[-1], v, norm, run.objective)], []
+    d, t = [output_error(k, z[-1], v, norm, run)], []
     for i in reversed(range(L - 1)):
         t.insert(0, d[0] @ A[i + 1].mT)
         d.insert(0, t[0] * slopes[i])
@@ -160,10 +160,10 @@ def read_layer(x, W, S, h, d, g: ChunkGates):
     return y.baddbmm_(R * g.writes.to(x.dtype), d, alpha=-1), R
 
 
-def residual_norm(q, y, norm) -> Tensor:
+def residual_norm(q, y, norm, eps: float) -> Tensor:
     if norm is None:
         return y
-    weight, bias, eps = norm
+    weight, bias = norm
     return q + F.layer_norm(y, y.shape[-1:], eps=eps) * weight + bias
 
 
@@ -204,8 +204,7 @@ class Chunks:
         self.norm = None
         if inputs.weight is not None and inputs.bias is not None:
             pair = (inputs.weight, inputs.bias)
-            rows = (x.to(self.narrow).repeat(self.B, 1)[:, None] for x in pair)
-            self.norm = (*rows, run.norm_eps)
+            self.norm = tuple(x.to(self.narrow).repeat(self.B, 1)[:, None] for x in pair)
 
     def cut(self, begin: int, width: int) -> list[Tensor]:
         return [self.heads(x, begin, width) for x in self.tokens]
@@ -289,7 +288,7 @@ def forward(run: Run, inputs: Inputs, M, S, A, *, keep: bool, anchor: bool):
             for j, (W, s) in enumerate(zip(chunks.low(M), chunks.low(S), strict=True)):
                 x = ACTIVATIONS[run.activation](y) if j else y
                 y, _ = read_layer(x, W, s, w.h[j], w.d[j], each[j])
-            chunks.put(out, begin + i * width, residual_norm(q, y, chunks.norm))
+            chunks.put(out, begin + i * width, residual_norm(q, y, chunks.norm, run.norm_eps))
             M, S = end_pass(M, S, w, each)
             at += 1
     return out, [*M, *present(S), *(last if anchor else [])], kept
@@ -305,7 +304,7 @@ class Gradients:
     def __init__(self, chunks: Chunks, g_M, g_S):
         self.q, self.k, self.v = (torch.empty_like(x) for x in chunks.tokens)
         self.gates = [None if x is None else torch.empty_like(x) for x in chunks.gates]
-        self.norm = [torch.zeros_like(x, dtype=chunks.wide) for x in (chunks.norm or ())[:2]]
+        self.norm = [torch.zeros_like(x, dtype=chunks.wide) for x in chunks.norm or ()]
         self.M, self.S, self.A = g_M, g_S, []
 
     def inputs(self, chunks: Chunks) -> list[Tensor | None]:
@@ -377,7 +376,7 @@ def chunk_back(chunks: Chunks, step, g_out, g: Gradients, g_gates) -> list[Tenso
     g_y = chunks.heads(g_out, begin, q.shape[1])
     g_q = None
     if chunks.norm is not None:
-        unit, scale = standardise(y[-1], chunks.norm[2])
+        unit, scale = standardise(y[-1], chunks.run.norm_eps)
         for total, part in zip(g.norm, (g_y * unit, g_y), strict=True):
             total.add_(part.sum(1, keepdim=True, dtype=total.dtype))
         g_q, g_y = g_y, standardise_back(g_y * chunks.norm[0], unit, scale)
@@ -454,7 +453,7 @@ def write_back(chunks: Chunks, first, k, v, w: Writes, g_h, g_d, g: Gradients):
         g_z.append(g_d[i] * w.t[i] * curvature(w.z[i], curve))
         g_d[i + 1].baddbmm_(g_t, first[i + 1])
         add_product(g_first[i + 1], g_t.mT, w.d[i + 1])
-    parts = output_error_back(g_d[-1], k, w.z[-1], v, chunks.norm, chunks.run.objective)
+    parts = output_error_back(g_d[-1], k, w.z[-1], v, chunks.norm, chunks.run)
     g_residual, g_last, g_v, g_norm = parts
     for total, part in zip(g.norm, g_norm or (), strict=True):
         total.add_(part.sum(1, keepdim=True, dtype=total.dtype))
