@@ -1,5 +1,6 @@
 """TitansCache: everything that outlives a call, of a size that does not grow with what was read."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -82,14 +83,16 @@ class TitansCache(Cache):
 
     def fork(self) -> "TitansCache":
         """A second cache that shares nothing: reading on with one leaves the other as it is."""
-        copy = TitansCache(len(self.block_layers))
-        copy.advance([map_state(torch.clone, s) for s in self.states], self.get_seq_length())
-        return copy
+        return self.mapped(torch.clone)
 
     def detach(self) -> "TitansCache":
         """The same states without their history: where back-propagation through time is cut."""
+        return self.mapped(torch.detach)
+
+    def mapped(self, change: Callable[[Tensor], Tensor]) -> "TitansCache":
+        """A second cache, of these states with every tensor changed."""
         copy = TitansCache(len(self.block_layers))
-        copy.advance([map_state(torch.detach, s) for s in self.states], self.get_seq_length())
+        copy.advance([map_state(change, s) for s in self.states], self.get_seq_length())
         return copy
 
     def get_seq_length(self, layer_idx: int = 0) -> int:

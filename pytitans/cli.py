@@ -72,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as stop:
         print(f"titans: stopped{'; ' if str(stop) else ''}{stop}", file=sys.stderr)
         return 130
-    except Exception as error:
+    except Exception as error:  # whatever it is, a user sees one line; --debug shows the rest
         if debug:
             raise
         print(f"titans: error: {message_of(error)}", file=sys.stderr)

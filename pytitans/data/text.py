@@ -204,7 +204,7 @@ def hub_sources(name: str, text_column: str) -> list[Source]:
     path, _, config = name.removeprefix(HUB).partition(":")
     try:
         found = datasets.load_dataset(path, config or None)
-    except Exception as error:
+    except Exception as error:  # datasets, fsspec, pyarrow and huggingface_hub have their own
         raise ValueError(f"{name!r} cannot be loaded as a dataset: {one_line(error)}") from error
     sources = []
     for key, rows in found.items():

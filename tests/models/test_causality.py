@@ -6,6 +6,7 @@ import torch
 from tiny import tiny_config, tiny_model
 
 from pytitans.models import TitansForCausalLM
+from pytitans.ops import retrieve
 
 
 def test_future_tokens_do_not_matter(model, ids):
@@ -100,7 +101,6 @@ def test_repeated_token_is_learned_at_test_time(variant):
     features, _ = memory.convolve(memory.qkv(x), start.tail * 0, None)
     value = features.unflatten(-1, (3, 2, 8))[:, -1:, 2]
     key = torch.nn.functional.normalize(features.unflatten(-1, (3, 2, 8))[:, -1:, 1], dim=-1)
-    from pytitans.ops import retrieve
 
     def loss(state):
         return (
