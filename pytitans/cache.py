@@ -1,13 +1,22 @@
 """TitansCache: everything that outlives a call, of a size that does not grow with what was read."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from pytitans.state import map_state
+from pytitans.snapshot import (
+    Snapshot,
+    describe_snapshot,
+    model_fingerprint,
+    read_snapshot,
+    write_snapshot,
+)
+from pytitans.state import compact, map_state, tensors_of
 
 
 class TitansCacheLayer(CacheLayerMixin):
@@ -64,7 +73,11 @@ class TitansCache(Cache):
     >>> out = model(ids, use_cache=True)
     >>> model(more_ids, past_key_values=out.past_key_values)  # reads on
 
-    Feeding a text in pieces through one cache equals feeding it whole.
+    Feeding a text in pieces through one cache equals feeding it whole. As a file it outlives the
+    process:
+
+    >>> cache.save("book.safetensors", model, metadata={"title": "Middlemarch"})
+    >>> cache = TitansCache.load("book.safetensors", model)
     """
 
     def __init__(self, num_layers: int):
@@ -78,7 +91,7 @@ class TitansCache(Cache):
     def advance(self, states: list[Any], tokens: int) -> None:
         """Takes the blocks' new states, `tokens` further on."""
         for layer, state in zip(self.block_layers, states, strict=True):
-            layer.state = state
+            layer.state = state if torch.compiler.is_compiling() else compact(state)
             layer.seen += tokens
 
     def fork(self) -> "TitansCache":
@@ -88,6 +101,54 @@ class TitansCache(Cache):
     def detach(self) -> "TitansCache":
         """The same states without their history: where back-propagation through time is cut."""
         return self.mapped(torch.detach)
+
+    def to(self, device: torch.device | str) -> "TitansCache":
+        """The same states on another device."""
+        return self.mapped(lambda x: x.to(device))
+
+    def save(
+        self,
+        path: str | Path,
+        model: PreTrainedModel,
+        *,
+        metadata: Mapping[str, Any] | None = None,
+        fingerprint: str | None = None,
+    ) -> None:
+        """Writes the states to a safetensors file, which a crash leaves old or new, never broken.
+
+        metadata: what JSON can hold, for the caller alone; `describe` returns it. fingerprint: the
+        model's, from `model_fingerprint`, for a caller who saves often and knows it already.
+        """
+        snapshot = Snapshot(self.states, self.get_seq_length())
+        write_snapshot(snapshot, path, fingerprint or model_fingerprint(model), metadata or {})
+
+    @classmethod
+    def load(
+        cls, path: str | Path, model: PreTrainedModel, *, fingerprint: str | None = None
+    ) -> "TitansCache":
+        """The states that `save` wrote, on the model's device: reading on equals never having
+        stopped. ValueError, naming the file, if it is damaged or another model's."""
+        states, tokens = read_snapshot(path, fingerprint or model_fingerprint(model))
+        cache = cls(len(states))
+        cache.advance(states, tokens)
+        return cache if model.device.type == "cpu" else cache.to(model.device)
+
+    @staticmethod
+    def describe(path: str | Path) -> dict[str, Any]:
+        """What a file says of itself, without a model: version, model (its fingerprint), tokens,
+        metadata, bytes. Only the header is read; whether the rest is whole `load` finds out."""
+        return describe_snapshot(path)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held by the states; what several of them share counts once."""
+        storages = [x.untyped_storage() for x in tensors_of(self.states)]
+        return sum({x.data_ptr(): x.nbytes() for x in storages}.values())
+
+    @property
+    def batch_size(self) -> int:
+        """Rows of the batch; 0 before the first token."""
+        return next((x.shape[0] for x in tensors_of(self.states)), 0)
 
     def mapped(self, change: Callable[[Tensor], Tensor]) -> "TitansCache":
         """A second cache, of these states with every tensor changed."""

@@ -1,6 +1,6 @@
 """States: nested tuples of tensors whose first axis is the batch, and what is done to them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -15,6 +15,28 @@ def map_state(change: Callable[[Tensor], Tensor], state: Any) -> Any:
         parts = [map_state(change, x) for x in state]
         return type(state)(*parts) if hasattr(state, "_fields") else tuple(parts)
     return state
+
+
+def tensors_of(state: Any) -> Iterator[Tensor]:
+    """All tensors of a nesting of tuples and lists, from left to right."""
+    if isinstance(state, Tensor):
+        yield state
+    elif isinstance(state, (tuple, list)):
+        for part in state:
+            yield from tensors_of(part)
+
+
+def compact(state: Any) -> Any:
+    """The same tensors, but for views into storage of more than twice their size: these are
+    copied, so that a state does not keep alive the call that it comes from."""
+    copies: dict[int, Tensor] = {}
+
+    def own(x: Tensor) -> Tensor:
+        if x.untyped_storage().nbytes() <= 2 * x.numel() * x.itemsize:
+            return x
+        return copies.setdefault(id(x), x.clone())
+
+    return map_state(own, state)
 
 
 def batch_of(state: Any, batch_size: int) -> Any:
