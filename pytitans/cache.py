@@ -82,11 +82,17 @@ class TitansCache(Cache):
 
     def __init__(self, num_layers: int):
         self.block_layers = [TitansCacheLayer() for _ in range(num_layers)]
+        self.before = 0  # tokens read before the sequence that `generate` is told of
         super().__init__(layers=list(self.block_layers))
 
     @property
     def states(self) -> list[Any]:
         return [layer.state for layer in self.block_layers]
+
+    @property
+    def tokens(self) -> int:
+        """Tokens read, padding included, whatever `generate` has been told of."""
+        return self.before + self.get_seq_length()
 
     def advance(self, states: list[Any], tokens: int) -> None:
         """Takes the blocks' new states, `tokens` further on."""
@@ -98,9 +104,25 @@ class TitansCache(Cache):
         """A second cache that shares nothing: reading on with one leaves the other as it is."""
         return self.mapped(torch.clone)
 
+    def as_start(self) -> "TitansCache":
+        """A fork from which a new sequence starts: `generate` takes all its input_ids to be new,
+        where otherwise it takes them to begin with what the cache has read.
+
+        >>> model.generate(question_ids, past_key_values=cache.as_start())
+        """
+        start = self.fork()
+        start.before = self.tokens
+        for layer in start.block_layers:
+            layer.seen = 0
+        return start
+
     def detach(self) -> "TitansCache":
         """The same states without their history: where back-propagation through time is cut."""
         return self.mapped(torch.detach)
+
+    def reset(self) -> None:
+        super().reset()
+        self.before = 0
 
     def to(self, device: torch.device | str) -> "TitansCache":
         """The same states on another device."""
@@ -119,7 +141,7 @@ class TitansCache(Cache):
         metadata: what JSON can hold, for the caller alone; `describe` returns it. fingerprint: the
         model's, from `model_fingerprint`, for a caller who saves often and knows it already.
         """
-        snapshot = Snapshot(self.states, self.get_seq_length())
+        snapshot = Snapshot(self.states, self.tokens)
         write_snapshot(snapshot, path, fingerprint or model_fingerprint(model), metadata or {})
 
     @classmethod
@@ -154,6 +176,7 @@ class TitansCache(Cache):
         """A second cache, of these states with every tensor changed."""
         copy = TitansCache(len(self.block_layers))
         copy.advance([map_state(change, s) for s in self.states], self.get_seq_length())
+        copy.before = self.before
         return copy
 
     def get_seq_length(self, layer_idx: int = 0) -> int:

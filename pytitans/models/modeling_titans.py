@@ -18,6 +18,7 @@ from pytitans.cache import TitansCache
 from pytitans.layers import RMSNorm, ShortConv, SwiGLU
 from pytitans.memory import NeuralMemory
 from pytitans.models.configuration_titans import TitansConfig
+from pytitans.models.packing import find_documents, run_packed
 
 
 def build_block(config: TitansConfig) -> Block:
@@ -88,7 +89,9 @@ class TitansPreTrainedModel(PreTrainedModel):
 class TitansModel(TitansPreTrainedModel):
     """The blocks: tokens, or any vectors (`inputs_embeds`), to hidden states.
 
-    Rows of a batch may be padded anywhere (`attention_mask`): a padded token changes nothing.
+    Rows of a batch may be padded anywhere (`attention_mask`): a padded token changes nothing. A row
+    may hold several documents (`position_ids` that restart at 0, or `cu_seq_lens_q`, both as of
+    DataCollatorWithFlattening): each is read as if it were alone.
     """
 
     def __init__(self, config: TitansConfig):
@@ -106,32 +109,54 @@ class TitansModel(TitansPreTrainedModel):
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
+        position_ids: Tensor | None = None,
+        cu_seq_lens_q: Tensor | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPast:
         """input_ids [B, T] or inputs_embeds [B, T, hidden_size]; attention_mask [B, T], or
-        [B, read + T] with a cache, 0 where a token does not exist."""
+        [B, read + T] with a cache, 0 where a token does not exist. Positions matter only where
+        they restart: packed documents leave no state, so they neither take nor give a cache."""
         x = self.embed(input_ids, inputs_embeds)
+        order, lengths = self.real_tokens_first(attention_mask, x)
+        documents = find_documents(position_ids, cu_seq_lens_q, attention_mask, x.shape[:2])
+        if documents is not None:
+            if use_cache or past_key_values is not None:
+                raise ValueError(
+                    f"{len(documents.lengths)} packed documents do not go on from a cache, nor "
+                    "leave one: give no past_key_values, and use_cache=False"
+                )
+            fresh = [None] * len(self.layers)
+            hidden = run_packed(lambda x, n: self.run(x, fresh, n)[0], x, documents)
+            return self.output(hidden, None, output_hidden_states)
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
         cache = past_key_values
         if cache is None:
             cache = TitansCache(len(self.layers))
-        order, lengths = self.real_tokens_first(attention_mask, x)
         x = x if order is None else take(x, order)
-        states, hidden = [], [x]
-        for layer, state in zip(self.layers, cache.states, strict=True):
-            x, state = layer(x, state, lengths)
-            states.append(state)
-            hidden.append(x)
-        hidden[-1] = x = self.norm(x)
+        hidden, states = self.run(x, cache.states, lengths)
         if use_cache or past_key_values is not None:
             cache.advance(states, x.shape[1])
         if order is not None:
             back = order.argsort(dim=1)
-            x, hidden = take(x, back), [take(h, back) for h in hidden]
+            hidden = [take(h, back) for h in hidden]
+        kept = cache if use_cache or past_key_values is not None else None
+        return self.output(hidden, kept, output_hidden_states)
+
+    def run(self, x: Tensor, states: list, lengths: Tensor | None) -> tuple[list[Tensor], list]:
+        """x and what each layer makes of it, the last one normalised; and the states after."""
+        ends, hidden = [], [x]
+        for layer, state in zip(self.layers, states, strict=True):
+            x, state = layer(x, state, lengths)
+            ends.append(state)
+            hidden.append(x)
+        hidden[-1] = self.norm(x)
+        return hidden, ends
+
+    def output(self, hidden, cache, output_hidden_states) -> BaseModelOutputWithPast:
         return BaseModelOutputWithPast(
-            last_hidden_state=x,
-            past_key_values=cache if use_cache or past_key_values is not None else None,
+            last_hidden_state=hidden[-1],
+            past_key_values=cache,
             hidden_states=tuple(hidden) if output_hidden_states else None,
         )
 
@@ -211,10 +236,14 @@ class TitansForCausalLM(TitansPreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        position_ids: Tensor | None = None,
+        cu_seq_lens_q: Tensor | None = None,
         **kwargs,
     ) -> CausalLMOutputWithPast:
         """As `TitansModel.forward`. labels [B, T]: the tokens themselves, -100 where no loss is
-        taken; logits_to_keep: only the last so many (0: all)."""
+        taken, as at the first token of each packed document (DataCollatorWithFlattening sees to
+        it: the token before is another document's); logits_to_keep: only the last so many (0: all).
+        """
         out = self.model(
             input_ids,
             attention_mask,
@@ -222,6 +251,8 @@ class TitansForCausalLM(TitansPreTrainedModel, GenerationMixin):
             inputs_embeds,
             use_cache=use_cache,
             output_hidden_states=output_hidden_states,
+            position_ids=position_ids,
+            cu_seq_lens_q=cu_seq_lens_q,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(out.last_hidden_state[:, kept])
@@ -233,6 +264,21 @@ class TitansForCausalLM(TitansPreTrainedModel, GenerationMixin):
             logits=logits,
             past_key_values=out.past_key_values,
             hidden_states=out.hidden_states,
+        )
+
+    def prepare_inputs_for_generation(
+        self, input_ids, next_sequence_length: int | None = None, **kwargs
+    ):
+        """As transformers does. `generate` takes input_ids to begin with what the cache has read;
+        where they are shorter than that it would drop some of them."""
+        if next_sequence_length is not None and next_sequence_length < 1:
+            seen = kwargs["past_key_values"].get_seq_length()
+            raise ValueError(
+                f"the cache has read {seen:,} tokens, and input_ids hold no more than these: if "
+                "they are new, generate with past_key_values=cache.as_start()"
+            )
+        return super().prepare_inputs_for_generation(
+            input_ids, next_sequence_length=next_sequence_length, **kwargs
         )
 
     def _prepare_cache_for_generation(  # type: ignore - the parent says bool and returns nothing

@@ -174,7 +174,7 @@ dist.destroy_process_group()
 
 def test_two_steps_under_ddp_with_default_flags(tmp_path):
     script = tmp_path / "step.py"
-    script.write_text(DDP_STEP.format(here=os.path.dirname(__file__)))
+    script.write_text(DDP_STEP.format(here=os.path.dirname(os.path.dirname(__file__))))
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
