@@ -9,11 +9,10 @@ Axes: see `pytitans.shapes`.
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pytitans.attention import KeysValues, SegmentAttention, WindowAttention, WindowState
-from pytitans.layers import RMSNorm, rotate
+from pytitans.layers import RMSNorm, rotate, silu_mul
 from pytitans.memory import LayerState, NeuralMemory
 from pytitans.ops import MemoryState
 from pytitans.state import advance, batch_of, pick_rows, put
@@ -29,7 +28,7 @@ class Gate(nn.Module):
         self.out = nn.Linear(dim, dim, bias=False)
 
     def forward(self, y: Tensor, m: Tensor) -> Tensor:
-        return self.out(self.norm_y(y) * F.silu(self.norm_m(m)))
+        return self.out(silu_mul(self.norm_m(m), self.norm_y(y)))
 
 
 class Block(nn.Module):
@@ -154,21 +153,29 @@ class MAC(Block):
 
     def forward(self, x: Tensor, state: MACState | None = None, lengths: Tensor | None = None):
         now = self.initial_state(x) if state is None else state
-        u = self.norm(x)
+        u, begin, T = self.norm(x), now.position, x.shape[1]
         asked, tail = self.memory.queries(u, now.tail, lengths)
         q, k, v = self.attention.project(u)
+        steps = torch.arange(T, device=x.device)
+        steps = begin[:, None, None] + steps if isinstance(begin, Tensor) else begin + steps
+        table = [y.to(q.dtype) for y in self.attention.table(steps % self.segment_len)]
+        q, k = rotate(q, table), rotate(k, table)
         persistent = self.attention.persistent(self.norm(self.persistent), x.shape[0])
-        sizes = self.pieces(now.position, x.shape[1], lengths)
-        # cut at once: a slice for each piece would cost its backward the whole length each time
-        by_token = zip(*(y.split(sizes, dim=1) for y in (u, asked)), strict=True)
-        by_head = zip(*(y.split(sizes, dim=2) for y in (q, k, v)), strict=True)
-        out, left = [], lengths
-        for size, (u_t, asked_t), heads in zip(sizes, by_token, by_head, strict=True):
+        sizes = self.pieces(begin, T, lengths)
+        # cut at once: a slice for each piece would cost its backward the whole length each time;
+        # only what the next piece waits for is done piece by piece
+        by_token = zip(*(y.split(sizes, 1) for y in (asked, self.memory.to_open(u))), strict=True)
+        by_head = zip(*(y.split(sizes, -2) for y in (q, k, v, *table)), strict=True)
+        attended, written, masks, left = [], [], {}, lengths
+        for size, tokens, heads in zip(sizes, by_token, by_head, strict=True):
             real = None if left is None else left.clamp(0, size)
-            y, now = self.read_piece(u_t, asked_t, heads, persistent, now, real)
-            out.append(y)
+            y, m, now = self.read_piece(tokens, heads, persistent, now, real, masks)
+            attended.append(y)
+            written.append(m)
             left = None if left is None else left - size
-        return x + torch.cat(out, dim=1), now._replace(tail=tail)
+        y, m = torch.cat(attended, dim=1), torch.cat(written, dim=1)
+        m = self.memory.answer(m, self.memory.to_open(self.memory_norm(y)))
+        return x + self.gate(y, m), now._replace(tail=tail)
 
     def pieces(self, position: int | Tensor, T: int, lengths: Tensor | None) -> list[int]:
         """How many tokens at a time, so that no row crosses the end of its segment in a piece."""
@@ -183,19 +190,22 @@ class MAC(Block):
             T, left = T - size, None if left is None else left - size
         return sizes
 
-    def read_piece(self, u, asked, qkv, persistent, state: MACState, real):
-        """Part of one segment: recall, attend, write, gate."""
-        q, k, v = qkv
+    def read_piece(self, tokens, heads, persistent, state: MACState, real, masks: dict):
+        """Part of one segment: recall, attend, write. Returns what attention and the memory say."""
+        (asked, opened), (q, k, v, *table) = tokens, heads
         place, t = state.position, q.shape[2]
         frozen = pick_rows(place == 0, state.memory.memory.M, state.frozen)
-        h = self.attention.keys_values(self.memory.read(asked, u, MemoryState(frozen, (), ())))
-        steps = torch.arange(t, device=q.device)
-        table = self.attention.table(
-            place[:, None, None] + steps if isinstance(place, Tensor) else place + steps
-        )
+        h = self.memory.read(asked, opened, MemoryState(frozen, (), ()))
+        h = self.attention.keys_values(h)
         answers = put(state.answers, KeysValues(rotate(h.k, table), h.v), place, self.segment_len)
-        tokens = put(state.tokens, KeysValues(rotate(k, table), v), place, self.segment_len)
-        y = self.attention(rotate(q, table), persistent, answers, tokens, place)
-        m, memory = self.memory(self.memory_norm(y), state.memory, real)
+        now = put(state.tokens, KeysValues(k, v), place, self.segment_len)
+        if isinstance(place, Tensor):
+            mask = self.attention.mask(place, q, persistent, now)
+        else:  # the same for every whole segment
+            mask = masks.get((place, t))
+            if mask is None:
+                mask = masks[place, t] = self.attention.mask(place, q, persistent, now)
+        y = self.attention(q, persistent, answers, now, mask)
+        m, memory = self.memory.write(self.memory_norm(y), state.memory, real)
         position = advance(place, t, real, self.segment_len)
-        return self.gate(y, m), MACState(memory, frozen, state.tail, answers, tokens, position)
+        return y, m, MACState(memory, frozen, state.tail, answers, now, position)

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pytitans.ops import rows
+
 
 class RMSNorm(nn.RMSNorm):
     """x / rms(x) * weight, computed in float32 whatever x's dtype, returned in x's dtype."""
@@ -16,6 +18,8 @@ class RMSNorm(nn.RMSNorm):
         super().__init__(dim, eps=eps)
 
     def forward(self, x: Tensor) -> Tensor:
+        if rows.ready(x):
+            return rows.RMSNorm.apply(x, self.weight, self.eps)
         return F.rms_norm(x.to(self.weight.dtype), self.normalized_shape, self.weight, self.eps).to(
             x.dtype
         )
@@ -30,17 +34,28 @@ class SwiGLU(nn.Module):
         self.down = nn.Linear(hidden, dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up(x).chunk(2, dim=-1)
-        return self.down(F.silu(gate) * up)
+        both = self.gate_up(x)
+        if rows.ready(both):
+            return self.down(rows.SwiGLU.apply(both))
+        gate, up = both.chunk(2, dim=-1)
+        return self.down(silu_mul(gate, up))
+
+
+def silu_mul(a: Tensor, b: Tensor) -> Tensor:
+    """silu(a) * b: a gate."""
+    if rows.ready(a, b) and a.shape == b.shape:
+        return rows.SiluMul.apply(a, b)
+    return F.silu(a) * b
 
 
 class ShortConv(nn.Module):
     """Causal depthwise convolution over tokens, the paper's section 4.4 (size 4), then SiLU.
 
-    `forward(x [B, T, D], tail [B, size - 1, D] or None)` returns the result and the tail that the
-    next call goes on from: the last size - 1 tokens of each row. `features`: those of the layer's
-    that x holds. It starts random, as a torch convolution does: keys that mix a token with those
-    before it are what recall by context is learned from (docs/log.md).
+    `forward(x [B, T, D], tail [B, size - 1, D] or None)` returns `parts` tensors [B, T, D / parts],
+    the first `units` of them with norm 1 over each `group` features, and the tail that the next
+    call goes on from: the last size - 1 tokens of each row. x may hold the first features only.
+    It starts random, as a torch convolution does: keys that mix a token with those before it are
+    what recall by context is learned from (docs/log.md).
     """
 
     def __init__(self, dim: int, size: int = 4):
@@ -53,17 +68,32 @@ class ShortConv(nn.Module):
         x: Tensor,
         tail: Tensor | None = None,
         lengths: Tensor | None = None,
-        features: slice = slice(None),
-    ) -> tuple[Tensor, Tensor]:
-        reach = self.weight.shape[0] - 1
-        if tail is None:
-            tail = x.new_zeros(x.shape[0], reach, x.shape[2])
-        seen = torch.cat([tail.to(x.dtype), x], dim=1)
-        T, weight = x.shape[1], self.weight[:, features].to(x.dtype)
+        *,
+        parts: int = 1,
+        units: int = 0,
+        group: int = 1,
+    ) -> tuple[list[Tensor], Tensor]:
+        (B, T, D), reach = x.shape, self.weight.shape[0] - 1
+        weight = self.weight[:, :D]
+        tail = x.new_zeros(B, reach, D) if tail is None else tail.to(x.dtype)
+        if rows.ready(x, tail):
+            *y, end = rows.ConvSilu.apply(x, tail, weight, parts, units, group)
+            if lengths is not None:
+                end = last_tokens(torch.cat([tail, x], dim=1), reach, lengths)
+            return y, end
+        seen, weight = torch.cat([tail, x], dim=1), weight.to(x.dtype)
         y = seen[:, reach:] * weight[-1]
         for lag in range(reach):
             y = torch.addcmul(y, seen[:, lag : lag + T], weight[lag])
-        return F.silu(y), last_tokens(seen, reach, lengths)
+        y = F.silu(y).chunk(parts, dim=-1)
+        y = [unit(part, group) if i < units else part for i, part in enumerate(y)]
+        return y, last_tokens(seen, reach, lengths)
+
+
+def unit(x: Tensor, group: int) -> Tensor:
+    """Each `group` features over their norm, in x's dtype; the norm in float32 at least."""
+    wide = x.float() if x.dtype.itemsize < 4 else x
+    return F.normalize(wide.unflatten(-1, (-1, group)), dim=-1, eps=1e-6).flatten(-2).to(x.dtype)
 
 
 def last_tokens(seen: Tensor, count: int, lengths: Tensor | None) -> Tensor:

@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pytitans.layers import RMSNorm, ShortConv
-from pytitans.ops import MemoryState, initial_state, neural_memory, retrieve
+from pytitans.layers import RMSNorm, ShortConv, silu_mul, unit
+from pytitans.ops import MemoryState, initial_state, neural_memory, retrieve, rows
 
 GATE_FLOOR = 1e-4  # what a gate's sigmoid must exceed to open
 STEPS_A_CHUNK = 2.0  # what the largest steps of a chunk add up to
@@ -181,19 +181,25 @@ class NeuralMemory(nn.Module):
         Each token sees its own write (eq. 15 after eqs. 13-14). `lengths` [B]: tokens of each row
         that exist; those after them write nothing.
         """
+        retrieved, state = self.write(x, state, lengths)
+        return self.answer(retrieved, self.to_open(x)), state
+
+    def write(
+        self, x: Tensor, state: LayerState | None = None, lengths: Tensor | None = None
+    ) -> tuple[Tensor, LayerState]:
+        """`forward` without its last step: what the memory's heads retrieve, [B, T, H, V]."""
         if state is None:
             state = self.initial_state(x.shape[0])
-        features, tail = self.convolve(self.qkv(x), state.tail, lengths)
-        q, k, v = features.unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(2)
+        (q, k, v), tail = self.convolve(self.qkv(x), state.tail, lengths)
         mask = None
         if lengths is not None:
             mask = torch.arange(x.shape[1], device=x.device) < lengths[:, None]
         retrieved, memory = neural_memory(
-            unit(q), unit(k), v, *self.gate_values(x), state.memory,
+            q, k, v, *self.gate_values(x), state.memory,
             chunk_size=self.chunk_size, norm=self.norm, norm_eps=self.norm_eps,
             mask=mask, **self.options,
         )  # fmt: skip
-        return self.answer(retrieved, x), LayerState(memory, tail)
+        return retrieved, LayerState(memory, tail)
 
     @property
     def norm(self) -> tuple[Tensor, Tensor] | None:
@@ -201,39 +207,48 @@ class NeuralMemory(nn.Module):
             return None
         return self.norm_weight, self.norm_bias
 
-    def convolve(self, features, tail, lengths):
+    def convolve(
+        self, features: Tensor, tail: Tensor | None, lengths: Tensor | None
+    ) -> tuple[list[Tensor], Tensor]:
+        """Features [B, T, dim] or [B, T, 3 dim] to queries, or queries, keys and values, each
+        [B, T, H, head_dim], queries and keys of norm 1; and the convolution's tail."""
+        parts = features.shape[-1] // self.dim
         if self.conv is None:
-            return F.silu(features), tail
-        return self.conv(features, tail, lengths)
+            y, end = list(F.silu(features).chunk(parts, dim=-1)), features[:, :0]
+            y = [unit(part, self.head_dim) if i < 2 else part for i, part in enumerate(y)]
+        else:
+            y, end = self.conv(
+                features, tail, lengths, parts=parts, units=min(parts, 2), group=self.head_dim
+            )
+        return [part.unflatten(-1, (self.num_heads, self.head_dim)) for part in y], end
 
     def queries(
         self, x: Tensor, tail: Tensor | None, lengths: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """Queries alone [B, T, H, K], for reading without writing, and the convolution's tail."""
-        features = F.linear(x, self.qkv.weight[: self.dim])
-        if self.conv is None:
-            q, end = F.silu(features), features[:, :0]
-        else:
-            q, end = self.conv(features, tail, lengths, slice(self.dim))
-        return unit(q.unflatten(-1, (self.num_heads, self.head_dim))), end
+        (q,), end = self.convolve(F.linear(x, self.qkv.weight[: self.dim]), tail, lengths)
+        return q, end
 
-    def read(self, q: Tensor, x: Tensor, state: MemoryState) -> Tensor:
-        """What the memory answers to `queries` of x, without writing (eq. 21)."""
+    def read(self, q: Tensor, opened: Tensor, state: MemoryState) -> Tensor:
+        """What the memory answers to `queries` of x and to_open(x), without writing (eq. 21)."""
         options = {"activation": self.options["activation"], "norm": self.norm}
-        return self.answer(retrieve(q, state, norm_eps=self.norm_eps, **options), x)
+        return self.answer(retrieve(q, state, norm_eps=self.norm_eps, **options), opened)
 
-    def answer(self, retrieved: Tensor, x: Tensor) -> Tensor:
+    def answer(self, retrieved: Tensor, opened: Tensor) -> Tensor:
         """[B, T, H, V] -> [B, T, dim]: normalised per head, gated by the input, mixed."""
-        y = self.head_norm(retrieved).flatten(2)
-        return self.out(y * F.silu(self.to_open(x)))
+        return self.out(silu_mul(opened, self.head_norm(retrieved).flatten(2)))
 
     def gate_values(self, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """lr, log_momentum and log_decay [B, T, H, L] in float32; None where left out."""
         with torch.autocast(x.device.type, enabled=False):
             weight = self.to_gates.weight
             logits = F.linear(x.to(weight.dtype), weight, self.to_gates.bias)
-        shape = (len(self.gates), self.num_heads, self.depth)
-        by_name = dict(zip(self.gates, logits.unflatten(-1, shape).unbind(2), strict=True))
+        logits = logits.unflatten(-1, (len(self.gates), self.num_heads, self.depth))
+        kinds = "momentum" in self.gates, "decay" in self.gates
+        if rows.ready(logits) and logits.dtype == torch.float32:
+            found = list(rows.Gates.apply(logits, *kinds, self.largest_step, GATE_FLOOR))
+            return tuple(rows.placed(found, kinds[0]))
+        by_name = dict(zip(self.gates, logits.unbind(2), strict=True))
         momentum, decay = by_name.get("momentum"), by_name.get("decay")
         lr = self.largest_step * closing_gate(by_name["lr"])
         return (
@@ -241,8 +256,3 @@ class NeuralMemory(nn.Module):
             None if momentum is None else F.logsigmoid(momentum),
             None if decay is None else torch.log1p(-(1 - GATE_FLOOR) * closing_gate(decay)),
         )
-
-
-def unit(x: Tensor) -> Tensor:
-    """x over its norm, in its own dtype; the norm in float32."""
-    return F.normalize(x.float() if x.dtype.itemsize < 4 else x, dim=-1, eps=1e-6).to(x.dtype)

@@ -42,14 +42,11 @@ def test_untrained_steps_are_contractive_on_a_repeated_key(chunk_size, momentum)
 
 def losses_on_a_repeated_token(memory, tokens):
     x = torch.randn(1, 1, 32, dtype=torch.float64).expand(1, tokens, 32)
-    features, _ = memory.convolve(memory.qkv(x), None, None)
-    _, k, v = features.unflatten(-1, (3, 2, 16)).unbind(2)
+    (_, k, v), _ = memory.convolve(memory.qkv(x), None, None)
     state, losses = None, []
     for piece in x.split(memory.chunk_size, dim=1):
         _, state = memory(piece, state)
-        answer = retrieve(
-            F.normalize(k, dim=-1)[:, -1:], state.memory, norm=memory.norm, norm_eps=memory.norm_eps
-        )
+        answer = retrieve(k[:, -1:], state.memory, norm=memory.norm, norm_eps=memory.norm_eps)
         losses.append((answer - v[:, -1:]).square().sum().item())
     return losses
 

@@ -5,6 +5,7 @@ is in the `TitansCache` that goes in and comes out.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
@@ -210,6 +211,9 @@ def take(x: Tensor, order: Tensor) -> Tensor:
     return x.gather(1, order[..., None].expand(-1, -1, x.shape[-1]))
 
 
+MANY_LOGITS = 2**26  # of which training keeps no copy: in float32 they would take 256 MiB
+
+
 class TitansForCausalLM(TitansPreTrainedModel, GenerationMixin):
     """A language model: logits of the next token, the loss where `labels` are given.
 
@@ -254,6 +258,11 @@ class TitansForCausalLM(TitansPreTrainedModel, GenerationMixin):
             position_ids=position_ids,
             cu_seq_lens_q=cu_seq_lens_q,
         )
+        if labels is not None and self.training and self.many_logits(labels):
+            loss = self.loss_without_logits(out.last_hidden_state, labels, **kwargs)
+            return CausalLMOutputWithPast(
+                loss=loss, past_key_values=out.past_key_values, hidden_states=out.hidden_states
+            )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(out.last_hidden_state[:, kept])
         loss = None
@@ -266,7 +275,7 @@ class TitansForCausalLM(TitansPreTrainedModel, GenerationMixin):
             hidden_states=out.hidden_states,
         )
 
-    def prepare_inputs_for_generation(
+    def prepare_inputs_for_generation(  # type: ignore - by name, what the parent takes by place
         self, input_ids, next_sequence_length: int | None = None, **kwargs
     ):
         """As transformers does. `generate` takes input_ids to begin with what the cache has read;
@@ -277,9 +286,26 @@ class TitansForCausalLM(TitansPreTrainedModel, GenerationMixin):
                 f"the cache has read {seen:,} tokens, and input_ids hold no more than these: if "
                 "they are new, generate with past_key_values=cache.as_start()"
             )
-        return super().prepare_inputs_for_generation(
-            input_ids, next_sequence_length=next_sequence_length, **kwargs
+        prepare = super().prepare_inputs_for_generation  # type: ignore - its protocol of self
+        return prepare(input_ids, next_sequence_length=next_sequence_length, **kwargs)
+
+    def many_logits(self, labels: Tensor) -> bool:
+        return labels.numel() * self.vocab_size > MANY_LOGITS and hasattr(F, "linear_cross_entropy")
+
+    def loss_without_logits(
+        self, hidden: Tensor, labels: Tensor, num_items_in_batch=None, shift_labels=None, **kwargs
+    ) -> Tensor:
+        """`loss_function` by torch's chunked cross entropy: all logits are never there at once."""
+        if shift_labels is None:
+            shift_labels = F.pad(labels[:, 1:], (0, 1), value=-100)
+        loss = F.linear_cross_entropy(
+            hidden.flatten(0, 1),
+            self.lm_head.weight,
+            shift_labels.flatten().to(hidden.device),
+            reduction="mean" if num_items_in_batch is None else "sum",
+            options=nn.LinearCrossEntropyOptions(),
         )
+        return loss if num_items_in_batch is None else loss / num_items_in_batch
 
     def _prepare_cache_for_generation(  # type: ignore - the parent says bool and returns nothing
         self, generation_config, model_kwargs, *args, **kwargs

@@ -185,3 +185,27 @@ def test_two_steps_under_ddp_with_default_flags(tmp_path):
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert len(VARIANTS) == 4
+
+
+@pytest.mark.parametrize("items", [None, 17])
+def test_loss_without_logits(items, monkeypatch):
+    """Above a size training takes the loss a few tokens at a time: same loss, same gradients."""
+    torch.manual_seed(0)
+    model = TitansForCausalLM(tiny_config("lmm")).train()
+    ids = torch.randint(model.vocab_size, (2, 40))
+    labels = ids.clone()
+    labels[0, 5:9] = -100
+
+    def run():
+        model.zero_grad()
+        out = model(ids, labels=labels, num_items_in_batch=items)
+        out.loss.backward()
+        return out.logits, [out.loss.detach(), *(p.grad.clone() for p in model.parameters())]
+
+    logits, expected = run()
+    assert logits is not None
+    monkeypatch.setattr("pytitans.models.modeling_titans.MANY_LOGITS", 0)
+    logits, got = run()
+    assert logits is None
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-6)
+    assert model.eval()(ids, labels=labels).logits is not None
