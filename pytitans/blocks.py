@@ -158,14 +158,14 @@ class MAC(Block):
         q, k, v = self.attention.project(u)
         steps = torch.arange(T, device=x.device)
         steps = begin[:, None, None] + steps if isinstance(begin, Tensor) else begin + steps
-        table = [y.to(q.dtype) for y in self.attention.table(steps % self.segment_len)]
-        q, k = rotate(q, table), rotate(k, table)
+        cos, sin = (y.to(q.dtype) for y in self.attention.table(steps % self.segment_len))
+        q, k = rotate(q, (cos, sin)), rotate(k, (cos, sin))
         persistent = self.attention.persistent(self.norm(self.persistent), x.shape[0])
         sizes = self.pieces(begin, T, lengths)
         # cut at once: a slice for each piece would cost its backward the whole length each time;
         # only what the next piece waits for is done piece by piece
         by_token = zip(*(y.split(sizes, 1) for y in (asked, self.memory.to_open(u))), strict=True)
-        by_head = zip(*(y.split(sizes, -2) for y in (q, k, v, *table)), strict=True)
+        by_head = zip(*(y.split(sizes, -2) for y in (q, k, v, cos, sin)), strict=True)
         attended, written, masks, left = [], [], {}, lengths
         for size, tokens, heads in zip(sizes, by_token, by_head, strict=True):
             real = None if left is None else left.clamp(0, size)
@@ -192,12 +192,14 @@ class MAC(Block):
 
     def read_piece(self, tokens, heads, persistent, state: MACState, real, masks: dict):
         """Part of one segment: recall, attend, write. Returns what attention and the memory say."""
-        (asked, opened), (q, k, v, *table) = tokens, heads
+        (asked, opened), (q, k, v, cos, sin) = tokens, heads
         place, t = state.position, q.shape[2]
         frozen = pick_rows(place == 0, state.memory.memory.M, state.frozen)
         h = self.memory.read(asked, opened, MemoryState(frozen, (), ()))
         h = self.attention.keys_values(h)
-        answers = put(state.answers, KeysValues(rotate(h.k, table), h.v), place, self.segment_len)
+        answers = put(
+            state.answers, KeysValues(rotate(h.k, (cos, sin)), h.v), place, self.segment_len
+        )
         now = put(state.tokens, KeysValues(k, v), place, self.segment_len)
         if isinstance(place, Tensor):
             mask = self.attention.mask(place, q, persistent, now)

@@ -41,8 +41,8 @@ def kernel():
     if library is None:
         return None
     found = {name: getattr(library, f"pytitans_{name}") for name in ARGUMENTS}
-    for name, function in found.items():
-        function.argtypes, function.restype = [KINDS[c] for c in ARGUMENTS[name]], None
+    for name, entry in found.items():
+        entry.argtypes, entry.restype = [KINDS[c] for c in ARGUMENTS[name]], None
     return found
 
 
