@@ -1,4 +1,4 @@
-"""The command `titans`: train, eval, generate, info.
+"""The command `titans`: train, eval, generate, info, serve.
 
 Options are the fields of the classes they configure: `--data.X` TextData, `--model.X` TitansConfig,
 `--train.X` TrainArguments, which are Hugging Face's TrainingArguments. Torch and transformers are
@@ -37,6 +37,7 @@ titans: neural memory that learns at test time
   titans eval        bits per byte of a model on a text, beside xz -9
   titans generate    continue a prompt
   titans info        parameters, memory state and FLOPs of a model
+  titans serve       a server: OpenAI's endpoints, memories that outlive a request
 
 A first run, without any file or download (minutes on two cores):
 
@@ -257,11 +258,19 @@ def info_command(argv: list[str]) -> int:
     return 0
 
 
+def serve_command(argv: list[str]) -> int:
+    """Serves a model over HTTP."""
+    from pytitans.serve.command import serve
+
+    return serve(argv)
+
+
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": train_command,
     "eval": eval_command,
     "generate": generate_command,
     "info": info_command,
+    "serve": serve_command,
 }
 
 

@@ -45,6 +45,17 @@ examples:
   titans info --preset 760m
   titans info --preset 760m --variant lmm --model.chunk_size 64
   titans info --checkpoint runs/mac""",
+    "serve": """\
+examples:
+  titans serve --model runs/mac                             on http://127.0.0.1:8000/v1
+  TITANS_TOKEN=$(openssl rand -hex 32) titans serve --model runs/mac --host 0.0.0.0
+  titans serve --model runs/mac --tokens clients.txt        a client to each token
+  titans serve --model runs/mac --memory_mb 200 --disk_mb 20000 --folder /data/sessions
+
+  curl http://127.0.0.1:8000/v1/completions -H 'content-type: application/json' \\
+    -d '{"model": "mac", "prompt": "import ", "max_tokens": 32}'
+
+Sessions, their limits and what survives a crash: docs/serving.md.""",
 }
 
 SHORT = {
