@@ -56,13 +56,14 @@ class Attention(nn.Module):
         return rotary_table(positions, self.head_dim // 2, self.rope_theta)
 
 
-def attend(q: Tensor, parts: list[KeysValues], mask: Tensor) -> Tensor:
+def attend(q: Tensor, parts: list[KeysValues], mask: Tensor | None) -> Tensor:
     """[B, H, T, head_dim] over the parts' keys side by side -> [B, T, H * head_dim].
 
-    mask: boolean, or added to the scores in q's dtype.
+    mask: boolean, or added to the scores in q's dtype; None where all keys are seen.
     """
     k, v = (torch.cat(x, dim=2) for x in zip(*parts, strict=True))
-    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and k.shape[2] <= FEW_KEYS:
+    narrow = q.device.type == "cpu" and q.dtype == torch.bfloat16
+    if narrow and mask is not None and k.shape[2] <= FEW_KEYS:
         return matmul_attention(q, k, v, mask).transpose(1, 2).flatten(2)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
 

@@ -203,6 +203,8 @@ class MAC(Block):
         now = put(state.tokens, KeysValues(k, v), place, self.segment_len)
         if isinstance(place, Tensor):
             mask = self.attention.mask(place, q, persistent, now)
+        elif t == 1:  # it sees all there is
+            mask = None
         else:  # the same for every whole segment
             mask = masks.get((place, t))
             if mask is None:

@@ -241,8 +241,10 @@ class NeuralMemory(nn.Module):
     def gate_values(self, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """lr, log_momentum and log_decay [B, T, H, L] in float32; None where left out."""
         with torch.autocast(x.device.type, enabled=False):
-            weight = self.to_gates.weight
-            logits = F.linear(x.to(weight.dtype), weight, self.to_gates.bias)
+            weight, bias = self.to_gates.weight, self.to_gates.bias
+            if weight.dtype.itemsize < 4:
+                weight, bias = weight.float(), bias.float()
+            logits = F.linear(x.to(weight.dtype), weight, bias)
         logits = logits.unflatten(-1, (len(self.gates), self.num_heads, self.depth))
         kinds = "momentum" in self.gates, "decay" in self.gates
         if rows.ready(logits) and logits.dtype == torch.float32:
