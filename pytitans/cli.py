@@ -35,7 +35,8 @@ titans: neural memory that learns at test time
 
   titans train       train a model on text
   titans eval        bits per byte of a model on a text, beside xz -9
-  titans generate    continue a prompt
+  titans read        read texts of any length into a memory, and save it
+  titans generate    continue a prompt, or what a memory has read
   titans info        parameters, memory state and FLOPs of a model
   titans serve       a server: OpenAI's endpoints, memories that outlive a request
 
@@ -44,6 +45,11 @@ A first run, without any file or download (minutes on two cores):
   titans train
   titans eval --model runs/mac
   titans generate --model runs/mac --prompt "def mean(values):"
+
+A memory of a book, and a continuation in another process:
+
+  titans read --model runs/mac book.txt.xz --memory book.safetensors
+  titans generate --model runs/mac --memory book.safetensors
 
 Your own text, another architecture, and a Transformer of equal size to compare with:
 
@@ -195,12 +201,44 @@ def eval_command(argv: list[str]) -> int:
     return 0
 
 
+def read_command(argv: list[str]) -> int:
+    """Reads texts into a memory and saves it."""
+    parser = new_parser("read", "Reads texts of any length into a memory, and saves it.")
+    add = parser.add_argument
+    add("files", type=str, nargs="*", help="text files, .gz and .xz as they are; - standard input")
+    add("--model", type=str, required=True, help="folder or hub name of a Titans model")
+    add("--memory", type=str, required=True, help="file to save the memory in")
+    add("--memory_from", type=str | None, help="a saved memory to read on with")
+    add("--resume", action="store_true", help="go on where reading these files was stopped")
+    add("--save_minutes", type=float, default=5.0, help="save this often on the way")
+    options = parse(parser, "read", argv)
+
+    from pytitans.data.tokenizer import check_vocabulary, load_tokenizer
+    from pytitans.read import read
+
+    quiet()
+    folder = model_folder(options.model)
+    tokenizer, model = load_tokenizer(folder), load_model(folder)
+    check_vocabulary(tokenizer, model.config.get_text_config().vocab_size)
+    reading = read(
+        model, tokenizer, options.files, options.memory,
+        memory_from=options.memory_from, resume=options.resume, save_minutes=options.save_minutes,
+    )  # fmt: skip
+    scored = f", {reading.bits_per_byte:.4f} bits per byte" if reading.bytes else ""
+    print(f"read {reading.tokens:,} tokens, {reading.bytes:,} bytes{scored}")
+    print(f"saved: {options.memory} ({reading.cache.nbytes / 2**20:,.1f} MB)")
+    if not reading.finished:
+        raise KeyboardInterrupt("--resume reads the rest")
+    return 0
+
+
 def generate_command(argv: list[str]) -> int:
-    """Streams a continuation of the prompt."""
-    parser = new_parser("generate", "Continues a prompt.")
+    """Streams a continuation of the prompt, or of what a memory has read and the prompt."""
+    parser = new_parser("generate", "Continues a prompt, or what a memory has read.")
     add = parser.add_argument
     add("--model", type=str, required=True, help="folder or hub name of a causal model")
     add("--prompt", type=str, default="", help="text to continue; - reads it from standard input")
+    add("--memory", type=str | None, help="what `titans read` saved: the prompt follows that text")
     add("--max_new_tokens", type=int, default=256, help="tokens to write at most")
     add("--temperature", type=float, default=0.8, help="0 always takes the likeliest token")
     add("--top_p", type=float, default=1.0, help="share of the probability to draw from")
@@ -223,7 +261,14 @@ def generate_command(argv: list[str]) -> int:
     model = load_model(folder)
     check_vocabulary(tokenizer, model.config.get_text_config().vocab_size)
     prompt = sys.stdin.read() if options.prompt == "-" else options.prompt
-    ids = torch.tensor([tokenizer(prompt).input_ids or [tokenizer.eos_token_id]])
+    ids, start = tokenizer(prompt).input_ids, {}
+    if options.memory:
+        from pytitans.read import resumed_memory
+
+        memory, ids = resumed_memory(options.memory, model, tokenizer, prompt)
+        start["past_key_values"] = memory
+        print(prompt, end="", flush=True)
+    ids = torch.tensor([ids or [tokenizer.eos_token_id]])
     sampling = {"temperature": options.temperature, "top_p": options.top_p}
     set_seed(options.seed)
     cast(Any, model).generate(
@@ -231,7 +276,8 @@ def generate_command(argv: list[str]) -> int:
         attention_mask=torch.ones_like(ids).to(model.device),
         max_new_tokens=options.max_new_tokens,
         do_sample=options.temperature > 0,
-        streamer=TextStreamer(tokenizer, skip_special_tokens=True),
+        streamer=TextStreamer(tokenizer, skip_prompt=bool(start), skip_special_tokens=True),
+        **start,
         **(sampling if options.temperature > 0 else {}),
     )
     return 0
@@ -268,6 +314,7 @@ def serve_command(argv: list[str]) -> int:
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": train_command,
     "eval": eval_command,
+    "read": read_command,
     "generate": generate_command,
     "info": info_command,
     "serve": serve_command,

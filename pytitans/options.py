@@ -36,10 +36,20 @@ examples:
   titans eval --model runs/mac --split test --output test.json
   titans eval --model runs/mac --data book.txt --split all --data.sequence_length 4096
   titans eval --model gpt2 --data book.txt --split all    any Hugging Face causal model""",
+    "read": """\
+examples:
+  titans read --model runs/mac book.txt.xz --memory book.safetensors
+  titans read --model runs/mac more.txt --memory both.safetensors --memory-from book.safetensors
+  cat *.py | titans read --model runs/mac - --memory code.safetensors
+  titans read --model runs/mac *.txt --memory all.safetensors --resume   after Ctrl-C or a crash
+
+A memory is of constant size whatever it has read, and fits the model that read it alone.""",
     "generate": """\
 examples:
   titans generate --model runs/mac --prompt "import os"
-  titans generate --model runs/mac --prompt "Call me" --temperature 0 --max-new-tokens 500""",
+  titans generate --model runs/mac --prompt "Call me" --temperature 0 --max-new-tokens 500
+  titans generate --model runs/mac --memory book.safetensors --prompt "The whale"
+  titans generate --model runs/mac --memory book.safetensors    goes on where the book ends""",
     "info": """\
 examples:
   titans info --preset 760m
