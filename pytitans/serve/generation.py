@@ -5,7 +5,7 @@ something to tell the client, or None. Run them under `torch.inference_mode`. Ca
 are forked, never written.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -90,10 +90,18 @@ def read_text(
     tokenizer: PreTrainedTokenizerFast,
     cache: TitansCache | None,
     text: str,
-) -> Iterator[Read]:
+) -> Generator[Read, None, TitansCache]:
     """Reads on; returns the cache after the text."""
+    first = cache is None or cache.get_seq_length() == 0
+    return (yield from read_ids(model, cache, document_ids(tokenizer, text, first)))
+
+
+def read_ids(
+    model: PreTrainedModel, cache: TitansCache | None, ids: Sequence[int]
+) -> Generator[Read, None, TitansCache]:
+    """Reads on; returns the cache after the ids."""
     reader = Reader(model, cache)
-    yield from reader.read_in_steps(document_ids(tokenizer, text, reader.seen == 0))
+    yield from reader.read_in_steps(ids)
     return reader.cache
 
 
@@ -107,7 +115,7 @@ def answer(
     n: int = 1,
     first_index: int = 0,
     advance: bool = False,
-) -> Iterator[Event | None]:
+) -> Generator[Event | None, None, TitansCache | None]:
     """Reads the prompt, then writes n answers, numbered from first_index.
 
     encode: called with whether nothing was read before, gives the prompt's ids; may raise.

@@ -59,7 +59,7 @@ def session_routes(service: Service) -> APIRouter:
         body = body or NewSession.model_validate({})
         client, cache = request.state.client, None
         if body.snapshot is not None:
-            cache = await store.load_snapshot(client, body.snapshot)
+            cache = await service.start_from(client, body.snapshot)
         return info(await store.create(client, title=body.title, cache=cache))
 
     @routes.get("/sessions")

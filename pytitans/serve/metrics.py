@@ -56,7 +56,11 @@ class Metrics:
                 "Their size in memory",
                 lambda: sum(session.resident for session in store.resident()),
             ),
-            ("disk_bytes", "Sessions and snapshots on disk", lambda: sum(store.usage.values())),
+            (
+                "disk_bytes",
+                "Sessions and snapshots",
+                lambda: sum(store.disk.usage.values()),
+            ),
         ):
             Gauge(f"titans_{name}", help, registry=self.registry).set_function(value)
 

@@ -10,9 +10,10 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from pytitans.cache import TitansCache
 from pytitans.serve.engine import Emit, Engine
 from pytitans.serve.errors import ApiError
-from pytitans.serve.generation import Read, Sampling, Written, answer, read_text
+from pytitans.serve.generation import Read, Sampling, Written, answer, read_ids, read_text
 from pytitans.serve.metrics import Metrics
 from pytitans.serve.sessions import Session, SessionStore
 from pytitans.serve.settings import ServeSettings
@@ -62,7 +63,7 @@ class Service:
             saving.cancel()
             self.engine.stop()
             await self.store.flush_all()
-            self.store.close()
+            self.store.disk.close()
 
     @asynccontextmanager
     async def admission(self) -> AsyncIterator[asyncio.Timeout]:
@@ -172,6 +173,11 @@ class Service:
             await lift(limit)
             await self.store.commit(session, cache)
         return tokens
+
+    async def start_from(self, owner: str, snapshot: str) -> TitansCache:
+        """What the snapshot has read."""
+        cache, ids = await self.store.load_snapshot(owner, snapshot)
+        return await self.engine.run(read_ids(self.model, cache, ids)) if ids else cache
 
     def decoded(self, pieces: Pieces, data: bytes, last: bool) -> Iterator[str]:
         try:

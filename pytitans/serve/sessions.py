@@ -2,16 +2,11 @@
 
 A session is one file, replaced at once when the session has read on (`TitansCache.save`); whatever
 kills the server leaves the old file or the new one. Caches here are never written: who reads on
-does so with a fork and commits it. All bookkeeping is done in the event loop; only files are read
-and written in other threads.
-
-    FOLDER/CLIENT/sessions/ID.safetensors
-    FOLDER/CLIENT/snapshots/NAME.safetensors
+does so with a fork and commits it. All bookkeeping is done in the event loop.
 """
 
 import asyncio
 import logging
-import os
 import secrets
 import time
 from collections.abc import Coroutine, Iterator
@@ -23,13 +18,10 @@ from transformers import PreTrainedModel
 
 from pytitans.cache import TitansCache
 from pytitans.serve.errors import ApiError
-from pytitans.snapshot import model_fingerprint
+from pytitans.serve.storage import HEADER, Disk, on_disk
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
-SUFFIX = ".safetensors"
-BLOCK = 4096
-HEADER = 16_384  # bytes beside a state's own, roughly
 
 
 @dataclass(eq=False)
@@ -72,52 +64,29 @@ class SessionStore:
         evict: bool = False,
         save_seconds: float = 0,
     ):
-        self.folder, self.model = folder, model
-        self.fingerprint = model_fingerprint(model)
-        self.disk_bytes, self.memory_bytes = disk_bytes, memory_bytes
-        self.evict, self.save_seconds = evict, save_seconds
+        self.disk, self.model = Disk(folder, model, disk_bytes), model
+        self.memory_bytes, self.evict, self.save_seconds = memory_bytes, evict, save_seconds
         self.sessions: dict[str, Session] = {}
-        self.usage: dict[str, int] = {}  # owner -> bytes on disk
         self.naming = asyncio.Lock()  # who may touch snapshots
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self.guard = take_folder(folder)
-        self.recover()
+        for owner, name, path in self.disk.files("sessions"):
+            session = self.found(owner, name, path)
+            if session is not None:
+                self.sessions[name] = session
 
-    def close(self) -> None:
-        os.close(self.guard)
-
-    def recover(self) -> None:
-        """Finds what an earlier server left, however it ended."""
-        for left in self.folder.glob("*/*/.*.tmp"):
-            left.unlink()  # was being written
-        for path in sorted(self.folder.glob(f"*/*/*{SUFFIX}")):
-            owner = path.parent.parent.name
-            size = on_disk(path)
-            self.charge(owner, size)
-            if path.parent.name != "sessions":
-                continue
-            try:
-                found = TitansCache.describe(path)
-                if found["model"] != self.fingerprint:
-                    raise ValueError(f"{path} belongs to another model")
-                known = {"title": "", "created": path.stat().st_mtime, "used": 0} | found[
-                    "metadata"
-                ]
-                created, used = float(known["created"]), float(known["used"])
-            except (ValueError, TypeError, OSError) as error:
-                log.warning("session left aside, its file stays: %s", error)
-                continue
+    def found(self, owner: str, name: str, path: Path) -> Session | None:
+        """The session of an earlier server, however that ended."""
+        try:
+            found = self.disk.describe(path)
+            known = {"title": "", "created": path.stat().st_mtime, "used": 0} | found["metadata"]
             session = Session(
-                path.stem,
-                owner,
-                path,
-                created=created,
-                used=used,
-                title=str(known["title"]),
-                tokens=found["tokens"],
-                size=size,
+                name, owner, path, created=float(known["created"]), used=float(known["used"])
             )
-            self.sessions[session.id] = session
+        except (ValueError, TypeError, OSError) as error:
+            log.warning("session left aside, its file stays: %s", error)
+            return None
+        session.title, session.tokens = str(known["title"]), found["tokens"]
+        session.size = on_disk(path)
+        return session
 
     # What clients ask for
 
@@ -127,7 +96,7 @@ class SessionStore:
         """A new session, on disk when this returns. cache: its state, shared and not written."""
         cache = TitansCache(self.model.config.num_hidden_layers) if cache is None else cache
         name = f"session-{secrets.token_hex(16)}"
-        path = self.place(owner, "sessions", name)
+        path = self.disk.place(owner, "sessions", name)
         now = time.time()
         session = Session(name, owner, path, created=now, used=now, title=title)
         await self.commit(session, cache, now=True)
@@ -154,7 +123,7 @@ class SessionStore:
             if session.deleted:
                 self.get(session.owner, session.id)
             if session.cache is None:
-                session.hold(await self.load(session.path))
+                session.hold(await self.disk.load(session.path))
             cache = session.cache
             assert cache is not None  # nobody drops it while its file is held
         await self.shrink()
@@ -173,14 +142,14 @@ class SessionStore:
             self.get(session.owner, session.id)
         size = max(cache.nbytes + HEADER, session.size)
         await self.make_room(session.owner, size - session.size, keep=session)
-        self.charge(session.owner, size - session.size)
+        self.disk.charge(session.owner, size - session.size)
         before, session.size = session.size, size
         session.used = time.time()
         if now:
             try:
                 await self.write(session, cache)
             except BaseException:
-                self.charge(session.owner, before - session.size)
+                self.disk.charge(session.owner, before - session.size)
                 session.size = before
                 raise
         elif session.unsaved_since is None:
@@ -194,8 +163,8 @@ class SessionStore:
         async with session.files:
             if session.deleted:
                 return
-            size = await self.save(cache, session.path, session.metadata)
-            self.charge(session.owner, size - session.size)
+            size = await self.disk.save(cache, session.path, session.metadata)
+            self.disk.charge(session.owner, size - session.size)
             session.size = size
             if session.cache is cache:  # not one that came while this was written
                 session.unsaved_since = None
@@ -211,17 +180,17 @@ class SessionStore:
             session.hold(None)
             del self.sessions[session.id]
             await asyncio.to_thread(session.path.unlink, missing_ok=True)
-            self.charge(session.owner, -session.size)
+            self.disk.charge(session.owner, -session.size)
 
     # Snapshots
 
     async def save_snapshot(self, session: Session, name: str, overwrite: bool) -> dict[str, Any]:
         """Writes the session's state under a name, to stay when the session goes on."""
         cache = await self.cache(session)
-        path = self.place(session.owner, "snapshots", name)
+        path = self.disk.place(session.owner, "snapshots", name)
         async with self.naming:
             await to_the_end(self.write_snapshot(cache, path, session, overwrite))
-        return describe(path)
+        return self.snapshot(path)
 
     async def write_snapshot(
         self, cache: TitansCache, path: Path, session: Session, overwrite: bool
@@ -233,86 +202,61 @@ class SessionStore:
             )
         owner, growth = session.owner, max(cache.nbytes + HEADER - before, 0)
         await self.make_room(owner, growth, keep=session)
-        self.charge(owner, growth)
+        self.disk.charge(owner, growth)
         try:
-            size = await self.save(cache, path, {"title": session.title, "created": time.time()})
-            self.charge(owner, size - before)
+            size = await self.disk.save(
+                cache, path, {"title": session.title, "created": time.time()}
+            )
+            self.disk.charge(owner, size - before)
         finally:
-            self.charge(owner, -growth)
+            self.disk.charge(owner, -growth)
 
     def snapshots(self, owner: str) -> list[dict[str, Any]]:
         """The client's by name; files that cannot be read are left out, and logged."""
         found = []
-        for path in sorted((self.folder / owner / "snapshots").glob(f"*{SUFFIX}")):
+        for _, _, path in self.disk.files("snapshots", owner):
             try:
-                found.append(describe(path))
+                found.append(self.snapshot(path))
             except (ValueError, OSError) as error:
                 log.warning("snapshot left aside: %s", error)
         return found
 
-    async def load_snapshot(self, owner: str, name: str) -> TitansCache:
-        path = self.place(owner, "snapshots", name)
+    def snapshot(self, path: Path) -> dict[str, Any]:
+        """As clients see it."""
+        found = self.disk.describe(path)
+        return {
+            "id": path.stem,
+            "object": "snapshot",
+            "created": int(found["metadata"].get("created", path.stat().st_mtime)),
+            "title": str(found["metadata"].get("title", "")),
+            "tokens": found["tokens"],
+            "bytes": found["bytes"],
+        }
+
+    async def load_snapshot(self, owner: str, name: str) -> tuple[TitansCache, list[int]]:
+        """Its state, and ids that are still to be read: `titans read` leaves the last one."""
+        path = self.disk.place(owner, "snapshots", name)
         if not path.exists():
             raise no_snapshot()
-        return await self.load(path)
+        cache = await self.disk.load(path)
+        last = self.disk.describe(path)["metadata"].get("reading", {}).get("next_token")
+        return cache, [] if last is None else [int(last)]
 
     async def delete_snapshot(self, owner: str, name: str) -> None:
-        path = self.place(owner, "snapshots", name)
+        path = self.disk.place(owner, "snapshots", name)
         async with self.naming:
             if not path.exists():
                 raise no_snapshot()
-            self.charge(owner, -on_disk(path))
+            self.disk.charge(owner, -on_disk(path))
             path.unlink()
-
-    # Files and limits
-
-    def place(self, owner: str, kind: str, name: str) -> Path:
-        """The file of a checked name: nothing but a plain name comes here, see `memory_routes`."""
-        folder = self.folder / owner / kind
-        path = folder / f"{name}{SUFFIX}"
-        if path.parent != folder or path.resolve().parent != folder.resolve():
-            raise ValueError(f"{name!r} is no plain name")
-        return path
-
-    async def save(self, cache: TitansCache, path: Path, metadata: dict[str, Any]) -> int:
-        """Writes the file; returns its size."""
-
-        def write() -> int:
-            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            cache.save(path, self.model, metadata=metadata, fingerprint=self.fingerprint)
-            return on_disk(path)
-
-        try:
-            return await asyncio.to_thread(write)
-        except OSError as error:
-            log.error("cannot write %s: %s", path, error)
-            raise ApiError(
-                507, "the server cannot write to its disk: nothing was changed", code="disk_full"
-            ) from error
-
-    async def load(self, path: Path) -> TitansCache:
-        try:
-            return await asyncio.to_thread(
-                TitansCache.load, path, self.model, fingerprint=self.fingerprint
-            )
-        except (ValueError, OSError) as error:
-            raise unusable(error) from error
-
-    def charge(self, owner: str, size: int) -> None:
-        self.usage[owner] = self.usage.get(owner, 0) + size
 
     async def make_room(self, owner: str, size: int, keep: Session) -> None:
         """Raises ApiError 507 unless the client may store so many bytes more. With `evict`, its
         least recently used sessions that nobody uses are deleted first; snapshots stay."""
-        while self.usage.get(owner, 0) + size > self.disk_bytes:
+        while not self.disk.has_room(owner, size):
             idle = [s for s in self.of(owner) if s is not keep and not s.lock.locked()]
             if not self.evict or not idle:
-                raise ApiError(
-                    507,
-                    f"your sessions and snapshots fill {self.usage.get(owner, 0):,} of "
-                    f"{self.disk_bytes:,} bytes and {size:,} more are needed: delete some",
-                    code="storage_full",
-                )
+                raise self.disk.full(owner, size)
             await self.remove(min(idle, key=lambda session: session.used))
 
     async def shrink(self, held: Session | None = None) -> None:
@@ -355,36 +299,8 @@ class SessionStore:
             await self.flush_all(older_than=self.save_seconds / 2)
 
 
-def on_disk(path: Path) -> int:
-    """Bytes in whole blocks: an empty session is not for nothing."""
-    return -(-path.stat().st_size // BLOCK) * BLOCK
-
-
-def describe(path: Path) -> dict[str, Any]:
-    """A snapshot's file, as clients see it."""
-    found = TitansCache.describe(path)
-    return {
-        "id": path.stem,
-        "object": "snapshot",
-        "created": int(found["metadata"].get("created", path.stat().st_mtime)),
-        "title": str(found["metadata"].get("title", "")),
-        "tokens": found["tokens"],
-        "bytes": found["bytes"],
-    }
-
-
 def no_snapshot() -> ApiError:
     return ApiError(404, "no snapshot of this name", code="snapshot_not_found", param="snapshot")
-
-
-def unusable(error: Exception) -> ApiError:
-    """For a file that cannot be loaded. What and where is the server's affair, not the client's."""
-    log.error("cannot load a memory: %s", error)
-    return ApiError(
-        409,
-        "its file is damaged or was made by another model: nothing was changed",
-        code="state_unusable",
-    )
 
 
 async def to_the_end(work: Coroutine[Any, Any, T]) -> T:
@@ -399,18 +315,3 @@ async def to_the_end(work: Coroutine[Any, Any, T]) -> T:
             except asyncio.CancelledError:
                 continue
         raise
-
-
-def take_folder(folder: Path) -> int:
-    """Holds the folder for this process; an open file, released however the process ends."""
-    handle = os.open(folder / ".lock", os.O_CREAT | os.O_RDWR, 0o600)
-    try:
-        import fcntl
-    except ImportError:  # Windows: two servers on one folder are not noticed
-        return handle
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(handle)
-        raise ValueError(f"{folder} is in use by another server: give another --folder") from None
-    return handle

@@ -1,49 +1,15 @@
-"""A tiny model of random weights, and servers that run it."""
+"""Fixtures: a tiny model, and servers that run it."""
 
 import contextlib
-import threading
-import time
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
-import httpx
-import openai
 import pytest
-import torch
-import uvicorn
+from local_server import Server, tiny_model
 from transformers import PreTrainedTokenizerFast
 
 from pytitans.data.tokenizer import byte_tokenizer
-from pytitans.models import TitansConfig, TitansForCausalLM
-from pytitans.serve.app import build_app
-from pytitans.serve.service import Service
-from pytitans.serve.sessions import SessionStore
-from pytitans.serve.settings import MIB, Clients, ServeSettings
-
-MODEL = "tiny"
-
-
-def tiny_model(variant: str = "mac") -> TitansForCausalLM:
-    torch.manual_seed(0)
-    config = TitansConfig(
-        variant=variant,
-        hidden_size=16,
-        num_attention_heads=2,
-        num_hidden_layers=2,
-        intermediate_size=24,
-        memory_expansion=2,
-        chunk_size=4,
-        segment_len=8,
-        window=6,
-        num_persistent=3,
-    )
-    model = TitansForCausalLM(config)
-    with torch.no_grad():  # large enough that the memory is felt and no two logits tie
-        for p in model.parameters():
-            p.add_(0.1 * torch.randn_like(p))
-        model.model.embed_tokens.weight[128:].mul_(0.01)  # mostly letters are written
-    return model.double().eval()
+from pytitans.models import TitansForCausalLM
 
 
 @pytest.fixture(scope="session")
@@ -54,51 +20,6 @@ def model() -> TitansForCausalLM:
 @pytest.fixture(scope="session")
 def tokenizer() -> PreTrainedTokenizerFast:
     return byte_tokenizer()
-
-
-class Server:
-    """A server in a thread of this process."""
-
-    def __init__(self, model, tokenizer, folder: Path, tokens=None, **options):
-        settings = ServeSettings(port=0, **options)
-        store = SessionStore(
-            folder,
-            model,
-            disk_bytes=int(settings.disk_mb * MIB),
-            memory_bytes=int(settings.memory_mb * MIB),
-            evict=settings.evict,
-            save_seconds=settings.save_seconds,
-        )
-        self.service = Service(model, tokenizer, store, replace(settings), MODEL)
-        self.store = store
-        app = build_app(self.service, Clients(tokens or {}))
-        config = uvicorn.Config(app, port=0, log_level="critical", timeout_graceful_shutdown=1)
-        self.server = uvicorn.Server(config)
-        self.clients: list[httpx.Client | openai.OpenAI] = []
-        self.thread = threading.Thread(target=self.server.run)
-        self.thread.start()
-        while not self.server.started:
-            assert self.thread.is_alive()
-            time.sleep(0.005)
-        port = self.server.servers[0].sockets[0].getsockname()[1]
-        self.url = f"http://127.0.0.1:{port}"
-
-    def http(self, token: str | None = None) -> httpx.Client:
-        headers = {} if token is None else {"authorization": f"Bearer {token}"}
-        client = httpx.Client(base_url=self.url, headers=headers, timeout=30)
-        self.clients.append(client)
-        return client
-
-    def openai(self, token: str = "any") -> openai.OpenAI:
-        client = openai.OpenAI(base_url=f"{self.url}/v1", api_key=token, max_retries=0)
-        self.clients.append(client)
-        return client
-
-    def stop(self) -> None:
-        for client in self.clients:
-            client.close()
-        self.server.should_exit = True
-        self.thread.join()
 
 
 @pytest.fixture
@@ -120,14 +41,3 @@ def server(model, tokenizer, tmp_path_factory) -> Iterator[Server]:
     server = Server(model, tokenizer, tmp_path_factory.mktemp("sessions"))
     yield server
     server.stop()
-
-
-def greedy(model, tokenizer, ids: list[int], count: int, cache=None) -> tuple[str, object]:
-    """The model's own continuation by `generate`, and its cache after the last token."""
-    out = model.generate(
-        input_ids=torch.tensor([ids]),
-        attention_mask=torch.ones(1, len(ids), dtype=torch.long),
-        max_new_tokens=count,
-        do_sample=False,
-    )
-    return tokenizer.decode(out[0, len(ids) :], skip_special_tokens=True), out

@@ -8,7 +8,7 @@ import time
 import httpx
 import openai
 import pytest
-from conftest import MODEL
+from local_server import MODEL
 
 from pytitans.cli import main
 from pytitans.serve.settings import ServeSettings, is_loopback, read_clients
@@ -161,7 +161,8 @@ def test_the_time_limit_changes_no_session(serve):
 def test_metrics(serve):
     server = serve()
     http = server.http()
-    http.post("/v1/completions", json={"model": MODEL, "prompt": "1234", "max_tokens": 3})
+    body = {"model": MODEL, "prompt": "1234", "max_tokens": 3, "temperature": 0}
+    http.post("/v1/completions", json=body)
     http.post("/v1/sessions")
     http.get("/nowhere/else")
     text = http.get("/metrics").text

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import openai
 import pytest
 import torch
-from conftest import MODEL, greedy
+from local_server import MODEL, greedy
 
 from pytitans.serve.generation import Sampling, choose
 from pytitans.serve.text import PIECE, Pieces, Writer, plain_chat
@@ -24,7 +24,7 @@ def test_models(server):
 def test_completion_equals_generate(server, model, tokenizer):
     prompt = "a prompt that is longer than a segment"
     ids = tokenizer(prompt).input_ids
-    expected, _ = greedy(model, tokenizer, ids, 20)
+    expected = greedy(model, tokenizer, prompt, 20)
     client = server.openai()
     for given in (prompt, ids):
         done = client.completions.create(model=MODEL, prompt=given, max_tokens=20, temperature=0)
@@ -56,7 +56,7 @@ def test_chat_is_its_template(server, model, tokenizer):
     messages = [{"role": "system", "content": "Be."}, {"role": "user", "content": "Hi"}]
     prompt = "System: Be.\nUser: Hi\nAssistant:"
     assert plain_chat(messages, first=True) == prompt
-    expected, _ = greedy(model, tokenizer, tokenizer(prompt).input_ids, 12)
+    expected = greedy(model, tokenizer, prompt, 12)
     client = server.openai()
     options = {"model": MODEL, "messages": messages, "temperature": 0}
     done = client.chat.completions.create(**options, max_completion_tokens=12)
@@ -71,7 +71,7 @@ def test_a_chat_template_is_used(serve, model, tokenizer):
         "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no systems') }}"
         "{% endif %}[{{ m.content }}]{% endfor %}>"
     )
-    expected, _ = greedy(model, tokenizer, tokenizer("[Hi]>").input_ids, 8)
+    expected = greedy(model, tokenizer, "[Hi]>", 8)
     client = serve()
     client.service.tokenizer = tokenizer
     client = client.openai()
@@ -83,7 +83,7 @@ def test_a_chat_template_is_used(serve, model, tokenizer):
 
 
 def test_stop_strings_end_an_answer_before_them(server, model, tokenizer):
-    expected, _ = greedy(model, tokenizer, tokenizer("Hello").input_ids, 40)
+    expected = greedy(model, tokenizer, "Hello", 40)
     stop = expected[10:13]
     cut = expected[: expected.index(stop)]
     options = {"model": MODEL, "prompt": "Hello", "max_tokens": 40, "temperature": 0}
@@ -96,7 +96,7 @@ def test_stop_strings_end_an_answer_before_them(server, model, tokenizer):
 
 
 def test_the_end_token_ends_an_answer(serve, model, tokenizer, monkeypatch):
-    expected, _ = greedy(model, tokenizer, tokenizer("Hello").input_ids, 10)
+    expected = greedy(model, tokenizer, "Hello", 10)
     ends = tokenizer(expected).input_ids[4]
     monkeypatch.setattr(model.generation_config, "eos_token_id", [ends])
     done = (
@@ -168,7 +168,7 @@ def test_pieces_do_not_depend_on_how_a_document_arrives(size):
 
 def test_concurrent_clients_do_not_mix(server, model, tokenizer):
     prompts = [chr(ord("A") + number) * (number + 1) for number in range(12)]
-    expected = [greedy(model, tokenizer, tokenizer(p).input_ids, 16)[0] for p in prompts]
+    expected = [greedy(model, tokenizer, p, 16) for p in prompts]
     assert len(set(expected)) > 6
     client = server.openai()
 

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import openai
 import pytest
 import torch
-from conftest import MODEL, greedy
+from local_server import MODEL, greedy
 
 from pytitans.cache import TitansCache
 
@@ -49,7 +49,7 @@ def direct(model, tokenizer):
     """What the model itself writes after a text."""
 
     def after(text: str, count: int = 12) -> str:
-        return greedy(model, tokenizer, tokenizer(text).input_ids, count)[0]
+        return greedy(model, tokenizer, text, count)
 
     return after
 
@@ -142,11 +142,24 @@ def test_snapshots_keep_a_state(server, direct, model, tokenizer):
     loaded = new(http, snapshot="book-1")
     assert ask(http, loaded, "It") == direct(BOOK + "It")
     assert [s["id"] for s in http.get("/v1/snapshots").json()["data"]] == ["book-1"]
-    cache = TitansCache.load(server.store.folder / "local/snapshots/book-1.safetensors", model)
+    cache = TitansCache.load(server.store.disk.folder / "local/snapshots/book-1.safetensors", model)
     out = model(torch.tensor([tokenizer("It").input_ids]), past_key_values=cache)
     assert tokenizer.decode(out.logits[0, -1].argmax()) == direct(BOOK + "It")[0]
     assert http.delete("/v1/snapshots/book-1").json() == {"id": "book-1", "deleted": True}
     assert http.post("/v1/sessions", json={"snapshot": "book-1"}).status_code == 404
+
+
+def test_what_titans_read_has_saved_can_be_loaded(serve, direct, model, tokenizer, tmp_path):
+    """It leaves the last token to be read by whoever goes on."""
+    ids = tokenizer(BOOK).input_ids
+    cache = model(torch.tensor([ids[:-1]]), use_cache=True).past_key_values
+    path = tmp_path / "sessions/local/snapshots/book.safetensors"
+    path.parent.mkdir(parents=True)
+    cache.save(path, model, metadata={"reading": {"next_token": ids[-1]}})
+    http = serve().http()
+    session = new(http, snapshot="book")
+    assert tokens_of(http, session) == len(BOOK)
+    assert ask(http, session, "It") == direct(BOOK + "It")
 
 
 @pytest.mark.parametrize("name", ["", "..", "../x", "a/b", ".hidden", "a\x00b", "x" * 65, "a\n"])
@@ -252,7 +265,7 @@ def test_a_full_disk_refuses_and_loses_nothing(serve, direct):
     assert ask(http, session, "It") == direct(BOOK + "It")
     http.delete(f"/v1/sessions/{forks[0]}")
     assert http.post(f"/v1/sessions/{session}/fork").status_code == 201
-    held = sum(path.stat().st_size for path in server.store.folder.rglob("*.safetensors"))
+    held = sum(path.stat().st_size for path in server.store.disk.folder.rglob("*.safetensors"))
     assert held <= 0.15 * 2**20
 
 
@@ -307,7 +320,7 @@ def test_damaged_files_and_other_models_are_left_aside(serve, model, monkeypatch
     assert not list(paths[2].parent.glob(".*.tmp"))
     server.stop()
     with monkeypatch.context() as patch:
-        patch.setattr("pytitans.serve.sessions.model_fingerprint", lambda model: "another")
+        patch.setattr("pytitans.serve.storage.model_fingerprint", lambda model: "another")
         assert serve().http().get("/v1/sessions").json()["data"] == []
     assert all(path.exists() for path in paths)
 
