@@ -172,6 +172,18 @@ class TitansCache(Cache):
         """Rows of the batch; 0 before the first token."""
         return next((x.shape[0] for x in tensors_of(self.states)), 0)
 
+    def for_rows(self, rows: int) -> "TitansCache":
+        """A cache whose every row serves as many rows of a batch: itself if there are as many."""
+        own = self.batch_size
+        if own in (0, rows):
+            return self
+        if rows % own:
+            raise ValueError(
+                f"a cache of {own} rows does not serve a batch of {rows}: choose rows by "
+                "`cache.batch_select_indices`"
+            )
+        return self.mapped(lambda x: x.repeat_interleave(rows // own, 0))
+
     def mapped(self, change: Callable[[Tensor], Tensor]) -> "TitansCache":
         """A second cache, of these states with every tensor changed."""
         copy = TitansCache(len(self.block_layers))

@@ -35,3 +35,13 @@ def tiny_model(variant: str, **changes) -> TitansForCausalLM:
         for layer in model.model.layers:  # steps and forgetting that are felt within a few tokens
             layer.block.memory.to_gates.bias.add_(1.0)
     return model.double().eval()
+
+
+def stream(model, ids, cuts, cache=None):
+    """Logits of the ids fed in pieces of these sizes, and the cache after them."""
+    outs, begin = [], 0
+    for n in cuts:
+        out = model(ids[:, begin : begin + n], past_key_values=cache, use_cache=True)
+        cache, begin = out.past_key_values, begin + n
+        outs.append(out.logits)
+    return torch.cat(outs, dim=1), cache

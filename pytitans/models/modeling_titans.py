@@ -308,13 +308,18 @@ class TitansForCausalLM(TitansPreTrainedModel, GenerationMixin):
         return loss if num_items_in_batch is None else loss / num_items_in_batch
 
     def _prepare_cache_for_generation(  # type: ignore - the parent says bool and returns nothing
-        self, generation_config, model_kwargs, *args, **kwargs
+        self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
     ) -> None:
-        """As transformers does, with our cache for its dynamic one."""
+        """As transformers does, with our cache for its dynamic one. A cache that is given serves
+        several prompts, beams or returned sequences; one of another batch size is left as it is."""
         given = model_kwargs.get("past_key_values")
         if given is not None or generation_config.use_cache is False:
             prepare = super()._prepare_cache_for_generation  # type: ignore - its protocol of self
-            return prepare(generation_config, model_kwargs, *args, **kwargs)
+            prepare(generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)
+            if isinstance(given, TitansCache):
+                ways = generation_config.num_beams or 1, generation_config.num_return_sequences or 1
+                model_kwargs["past_key_values"] = given.for_rows(batch_size * max(ways))
+            return
         kind = generation_config.cache_implementation
         if kind not in (None, "dynamic"):
             raise ValueError(
