@@ -213,7 +213,9 @@ def test_corrupt_checkpoints_are_one_line(folder, capsys):
 
 
 def test_unknown_command(capsys):
-    assert "'fly' is no command: choose train, eval, read, generate, info" in error_of(capsys, "fly")
+    assert "'fly' is no command: choose train, eval, read, generate, info" in error_of(
+        capsys, "fly"
+    )
 
 
 def test_debug_shows_where(folder):

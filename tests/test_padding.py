@@ -4,6 +4,8 @@ import pytest
 import torch
 from tiny import stream
 
+from pytitans.memory import LayerState
+
 
 @pytest.mark.parametrize("side", ["left", "right", "middle"])
 def test_padding_changes_nothing(model, ids, side):
@@ -19,6 +21,44 @@ def test_padding_changes_nothing(model, ids, side):
     for row, n in enumerate(lengths):
         alone = model(ids[row : row + 1, :n], use_cache=True)
         torch.testing.assert_close(out.logits[row, mask[row].bool()], alone.logits[0])
+        end = out.past_key_values.fork()
+        end.batch_select_indices(torch.tensor([row]))
+        for got, want in zip(end.states, alone.past_key_values.states, strict=True):
+            assert_memory_is(got, want)
+
+
+def assert_memory_is(got, want) -> None:
+    """Memory, momentum, convolution and the place in the chunk; attention's past is seen to go on
+    rightly below (behind a row's own tokens it holds what is never looked at)."""
+    got, want = (x if isinstance(x, LayerState) else x.memory for x in (got, want))
+    (M, S, _, place), (M_alone, S_alone, _, place_alone) = got.memory, want.memory
+    torch.testing.assert_close((M, S), (M_alone, S_alone), rtol=0, atol=1e-12)
+    torch.testing.assert_close(got.tail, want.tail, rtol=0, atol=1e-12)
+    assert int(place) == int(place_alone)
+
+
+def test_a_row_of_padding_alone_changes_nothing(model, ids):
+    """As when one of several streams has nothing new."""
+    cache = model(ids[:, :10], use_cache=True).past_key_values
+    mask = torch.ones(3, 9, dtype=torch.long)
+    mask[1] = 0
+    model(ids[:, 10:19], attention_mask=mask, past_key_values=cache)
+    got, _ = stream(model, ids[:, 19:], [18], cache)
+    whole = torch.cat([ids[1:2, :10], ids[1:2, 19:]], dim=1)
+    torch.testing.assert_close(got[1], model(whole).logits[0, 10:])
+    torch.testing.assert_close(got[0], model(ids[:1]).logits[0, 19:])
+
+
+def test_padding_gets_no_gradient_and_gives_none(model, ids):
+    mask = torch.stack([(torch.arange(37) >= 37 - n).long() for n in (37, 20, 9)])
+    x = model.get_input_embeddings()(ids).detach().requires_grad_()
+    out = model(inputs_embeds=x, attention_mask=mask).logits
+    (reach,) = torch.autograd.grad(out[mask.bool()].square().sum(), x)
+    assert (reach[~mask.bool()] == 0).all()
+    assert (reach[mask.bool()].abs().amax(-1) > 0).all()
+    one = model.get_input_embeddings()(ids[1:2, 17:]).detach().requires_grad_()
+    (alone,) = torch.autograd.grad(model(inputs_embeds=one).logits.square().sum(), one)
+    torch.testing.assert_close(reach[1, 17:], alone[0])
 
 
 @pytest.mark.parametrize("cuts", [[11], [1] * 11, [4, 7]])

@@ -1,5 +1,7 @@
 """One call, many calls: the same numbers."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from tiny import stream, tiny_model
@@ -10,9 +12,30 @@ def test_streaming_equals_one_call(model, ids, cuts):
     want, end = stream(model, ids, [37])
     got, cache = stream(model, ids, cuts)
     torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
-    for a, b in zip(cache.states, end.states, strict=True):
-        memories = [s.memory if hasattr(s, "window") or hasattr(s, "frozen") else s for s in (a, b)]
-        torch.testing.assert_close(memories[0].memory, memories[1].memory)
+    torch.testing.assert_close(cache.states, end.states, rtol=0, atol=1e-10)
+    assert cache.tokens == end.tokens == 37
+
+
+@pytest.mark.parametrize("cuts", [[5, 8, 1, 13, 10], [36, 1]])
+def test_in_float32_as_well(variant, ids, cuts):
+    model = tiny_model(variant).float()
+    want, end = stream(model, ids, [37])
+    got, cache = stream(model, ids, cuts)
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-4)
+    torch.testing.assert_close(cache.states, end.states, rtol=0, atol=1e-4)
+
+
+def test_random_cuts(model):
+    """Many of them, at any place of chunk (4), window (6) and segment (8)."""
+    draw = torch.Generator().manual_seed(0)
+    ids = torch.randint(16, (2, 70), generator=draw)
+    want, end = stream(model, ids, [70])
+    for _ in range(8):
+        places = torch.randint(1, 70, (6,), generator=draw).unique().tolist()
+        cuts = [b - a for a, b in pairwise([0, *places, 70])]
+        got, cache = stream(model, ids, cuts)
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
+        torch.testing.assert_close(cache.states, end.states, rtol=0, atol=1e-10)
 
 
 def test_gradients_flow_through_the_state(model, ids):
