@@ -1,35 +1,26 @@
 """`ops.chunk_plain`'s forward and backward in one C++ call: every head's chunks in cache.
 
-The kernel (`kernel/`) needs nothing but a C++ compiler. It is built at its first use for
-this machine's processor, kept in the user's cache directory, and called through ctypes. Where that
-does not work `available` says so, once in the log, and the plain form is used.
+The kernel (`kernel/chunks.cpp`) needs nothing but a C++ compiler (`ops.native`). Where it cannot be
+built `available` says so, once in the log, and the plain form is used.
 
-Products are float32 (or float64) whatever the tokens' dtype: more exact than bfloat16, but without
-the speed of a processor's bfloat16 units.
+State, gates, sums and elementwise work are float32 (or float64). Where q, k and v are bfloat16 and
+the processor multiplies such numbers (AVX512_BF16), both sides of every product are rounded to
+bfloat16; elsewhere a text in bfloat16 is multiplied in the state's dtype.
 """
 
 import ctypes
 import functools
-import hashlib
-import logging
-import os
-import platform
-import subprocess
 import sys
-import tempfile
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from pytitans.ops import native
 from pytitans.ops.chunk_plain import GROUP, Inputs, Run
 
-logger = logging.getLogger(__name__)
-
 MAX_LAYERS = 8
-# -O3 takes five times as long to build what is then as fast.
-FLAGS = ["-O2", "-ftree-vectorize", "-fvect-cost-model=dynamic", "-march=native", "-std=c++17"]
-FLAGS += ["-shared", "-fPIC", "-fopenmp", "-fno-math-errno", "-fno-trapping-math"]
 
 Weights = ctypes.c_void_p * MAX_LAYERS
 
@@ -56,48 +47,24 @@ class Args(ctypes.Structure):
     )
 
 
+FLOAT32, FLOAT64, BFLOAT16 = range(3)  # the kernel's `Kind`
+
+
+class Kernel(NamedTuple):
+    run: Any  # the library's function
+    rounds: bool  # whether products of bfloat16 are compiled in
+
+
 @functools.cache
-def kernel():
-    """The built kernel's entry, or None (with one line in the log that says why)."""
-    try:
-        library = build(Path(__file__).parent / "kernel")
-        entry = ctypes.CDLL(str(library)).pytitans_chunks
-    except (OSError, subprocess.SubprocessError) as error:
-        reason = getattr(error, "stderr", None) or error
-        logger.warning(
-            "memory kernel not built, using plain torch (slower): %s", str(reason).strip()[:300]
-        )
+def kernel() -> Kernel | None:
+    """The built kernel, or None (with one line in the log that says why)."""
+    library = native.load(Path(__file__).parent / "kernel" / "chunks.cpp")
+    if library is None:
         return None
-    entry.argtypes = [ctypes.POINTER(Args), ctypes.c_int, ctypes.c_int, ctypes.c_int]
-    entry.restype = ctypes.c_int
-    return entry
-
-
-def build(source: Path) -> Path:
-    """Compiles for this processor, or finds what an earlier process compiled."""
-    compiler, files = os.environ.get("CXX", "g++"), sorted(source.iterdir())
-    made_of = [*(f.read_text() for f in files), compiler, *FLAGS, processor()]
-    name = hashlib.sha256("\n".join(made_of).encode()).hexdigest()[:16]
-    folder = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "pytitans"
-    library = folder / f"chunks-{name}.so"
-    if not library.exists():
-        logger.info("building the memory kernel, once for this machine: %s", library)
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            built = Path(scratch) / "kernel.so"
-            command = [compiler, *FLAGS, str(source / "chunks.cpp"), "-o", str(built)]
-            subprocess.run(command, check=True, capture_output=True, text=True)
-            built.replace(library)  # in one step: another process may be doing the same
-    return library
-
-
-def processor() -> str:
-    """What -march=native depends on: a cache directory may be shared by unlike machines."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(x for x in lines if x.startswith(("flags", "Features")))
-    except (OSError, StopIteration):
-        return platform.processor() + platform.machine()
+    run = library.pytitans_chunks
+    run.argtypes = [ctypes.POINTER(Args), ctypes.c_int, ctypes.c_int, ctypes.c_int]
+    run.restype = ctypes.c_int
+    return Kernel(run, bool(library.pytitans_bfloat16()))
 
 
 def available(inputs: Inputs, weights: list[Tensor], layers: int) -> bool:
@@ -113,16 +80,24 @@ def available(inputs: Inputs, weights: list[Tensor], layers: int) -> bool:
     )
 
 
+def rounds(inputs: Inputs, wide: torch.dtype) -> bool:
+    """Whether products take bfloat16: where the whole text is, and the kernel has them."""
+    built, text = kernel(), (inputs.q, inputs.k, inputs.v)
+    low = all(x.dtype == torch.bfloat16 for x in text) and wide == torch.float32
+    return low and built is not None and built.rounds
+
+
 class Call:
     """One call's `Args` and the tensors its addresses belong to."""
 
     def __init__(self, run: Run, inputs: Inputs, M, S, A):
-        self.wide, self.layers = M[0].dtype, len(M)
+        self.wide, self.low = M[0].dtype, rounds(inputs, M[0].dtype)
+        self.text = torch.bfloat16 if self.low else self.wide
         lr, log_momentum, log_decay = self.gates(inputs[3:6])
         self.inputs = Inputs(
-            inputs.q.to(self.wide).contiguous(),
-            inputs.k.to(self.wide).contiguous(),
-            inputs.v.to(self.wide).contiguous(),
+            self.tokens(inputs.q),
+            self.tokens(inputs.k),
+            self.tokens(inputs.v),
             lr,
             log_momentum,
             log_decay,
@@ -148,6 +123,9 @@ class Call:
     def hold(self, x: Tensor | None) -> Tensor | None:
         return None if x is None else x.detach().to(self.wide).contiguous()
 
+    def tokens(self, x: Tensor) -> Tensor:
+        return x.detach().to(self.text).contiguous()
+
     def gates(self, gates) -> list[Tensor | None]:
         """[B, T, H, layers] each, with as many layers as the gate that has most."""
         layers = [x.shape[3] if x.ndim == 4 else 1 for x in gates if x is not None]
@@ -169,10 +147,11 @@ class Call:
         return torch.empty(shape, dtype=self.wide)
 
     def start(self, backward: bool) -> None:
-        double, threads = self.wide == torch.float64, min(torch.get_num_threads(), self.heads)
-        entry = kernel()
-        assert entry is not None, "`available` was not asked"
-        if entry(ctypes.byref(self.args), double, backward, threads):
+        kind = BFLOAT16 if self.low else FLOAT64 if self.wide == torch.float64 else FLOAT32
+        threads = min(torch.get_num_threads(), self.heads)
+        built = kernel()
+        assert built is not None, "`available` was not asked"
+        if built.run(ctypes.byref(self.args), kind, backward, threads):
             raise MemoryError("no memory for the kernel's buffers")
 
 
@@ -180,7 +159,7 @@ def forward(run: Run, inputs: Inputs, M, S, A, *, keep: bool, anchor: bool):
     """Same contract as `chunk_plain.forward`."""
     M, S, A = ([w.contiguous() for w in part] for part in (M, S, A))
     call = Call(run, inputs, M, S, A)
-    out = call.empty(*inputs.v.shape)
+    out = torch.empty(inputs.v.shape, dtype=call.text)
     M1, S1, last = ([torch.empty_like(w) for w in part] for part in (M, S, M if anchor else []))
     kept = [call.empty(call.groups, call.heads, call.size)] if keep else []
     call.point(out=out, kept=kept[0] if keep else None)
@@ -193,7 +172,7 @@ def backward(run: Run, inputs: Inputs, M, S, A, kept, g_out, g_M, g_S, g_anchor)
     """Same contract as `chunk_plain.backward`."""
     M, S, A = ([w.contiguous() for w in part] for part in (M, S, A))
     call = Call(run, inputs, M, S, A)
-    g_out, *held = call.hold(g_out), *(x.contiguous() for x in (*g_M, *g_S, *g_anchor))
+    g_out, *held = call.tokens(g_out), *(x.contiguous() for x in (*g_M, *g_S, *g_anchor))
     found = {n: x if x is None else torch.empty_like(x) for n, x in call.inputs._asdict().items()}
     del found["mask"]
     if inputs.weight is not None:  # the kernel's sums are each row's own

@@ -132,32 +132,34 @@ def test_a_decayed_memory_is_not_slowed_by_denormals():
 
 @pytest.mark.parametrize("norm", [False, True])
 def test_bfloat16_is_as_good_as_torch(norm):
-    """At most twice as far from float64 as the definition run in bfloat16, values and gradients."""
-    exact = make_inputs(depth=2, T=64, K=16, V=16, hidden=32, norm=norm, lr=0.01)
-    exact = {n: t.detach().bfloat16().double().requires_grad_() for n, t in exact.items()}
-    all_low = {n: t.detach().bfloat16().requires_grad_() for n, t in exact.items()}
-    mixed = {
-        n: t.detach().to(torch.bfloat16 if n in ("q", "k", "v") else torch.float32).requires_grad_()
-        for n, t in exact.items()
-    }
-    runs = [(neural_memory, mixed), (naive_memory, all_low), (naive_memory, exact)]
-    values = [call(op, x, chunk_size=16) for op, x in runs]
-    assert values[0]["retrieved"].dtype == torch.bfloat16
-    assert all(values[0][n].dtype == torch.float32 for n in ("M0", "S0", "anchor0"))
-    grads = [
-        dict(
-            zip(
-                TOKENS,
-                torch.autograd.grad(y["retrieved"].sum(), [x[n] for n in TOKENS]),
-                strict=True,
-            )
-        )
-        for y, (_, x) in zip(values, runs, strict=True)
-    ]
-    for got, same_dtype, want in (values, grads):
+    """At most twice as far from float64 as the definition run in bfloat16, values and gradients.
+
+    Summed over four texts: with norm these inputs enlarge any rounding a hundredfold, and which of
+    two runs is unlucky on one text is chance.
+    """
+    ours, theirs = {}, {}
+    for seed in range(4):
+        exact = make_inputs(depth=2, T=64, K=16, V=16, hidden=32, norm=norm, lr=0.01, seed=seed)
+        exact = {n: t.detach().bfloat16().double().requires_grad_() for n, t in exact.items()}
+        all_low = {n: t.detach().bfloat16().requires_grad_() for n, t in exact.items()}
+        mixed = {
+            n: t.detach().to(torch.bfloat16 if n in "qkv" else torch.float32).requires_grad_()
+            for n, t in exact.items()
+        }
+        runs = [(neural_memory, mixed), (naive_memory, all_low), (naive_memory, exact)]
+        values = [call(op, x, chunk_size=16) for op, x in runs]
+        assert values[0]["retrieved"].dtype == torch.bfloat16
+        assert all(values[0][n].dtype == torch.float32 for n in ("M0", "S0", "anchor0"))
+        for y, (_, x) in zip(values, runs, strict=True):
+            found = torch.autograd.grad(y["retrieved"].sum(), [x[n] for n in TOKENS])
+            y.update(zip((f"gradient of {n}" for n in TOKENS), found, strict=True))
+        got, same_dtype, want = values
         for name in set(want) - {"position"}:
-            allowed = 2 * (same_dtype[name].double() - want[name]).abs().max() + 1e-5
-            assert (got[name].double() - want[name]).abs().max() <= allowed, name
+            for total, y in ((ours, got), (theirs, same_dtype)):
+                error = (y[name].double() - want[name]).abs().max().item()
+                total[name] = total.get(name, 0.0) + error
+    for name, error in ours.items():
+        assert error <= 2 * theirs[name] + 4e-5, name
 
 
 REFUSED = {

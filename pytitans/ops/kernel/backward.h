@@ -9,93 +9,84 @@
 
 namespace {
 
-// Through layer l's reading and the chunk's end. g_M and g_S go from after the chunk to before it.
-template <class T>
-void Head<T>::read_back(int l, const T* W, const T* S, T* g_M, T* g_S, const T* g_y, T* g_x,
-                        const Write<T>& w, const Gates<T>& g, int set) {
-  int64_t in = n[l], out = n[l + 1], ld = padded(out);
-  multiply<T>({w.d[l], 1, C, g_y, C, square, C}, C, C, out);
-  for (int64_t ib = 0; ib < C; ib += 16)
-    for (int64_t j = 0; j < C; j++)
-      for (int64_t i = ib; i < ib + 16; i++) dG[set][i * C + j] -= square[j * C + i] * R[l][j * C + i];
-  for (int64_t i = 0; i < C * C; i++) score[i] = R[l][i] * g.GT[i], square[i] *= g.GT[i];
-  turn(score, C, C, C, square2, C);
-  multiply<T>({g_y, C, 1, square2, C, gd[l], C, -1}, out, C, live);
-  turn(square, C, C, C, square2, C);
-  multiply<T>({x[l], C, 1, square2, C, gh[l], C, -1}, in, C, live);
+// Through layer l's reading and its part in the chunk's end: g_x, and gh[l] and gd[l] so far.
+template <class T, class E>
+void Head<T, E>::read_back(int l, const Weight<E>& M, const T* g_M, const T* g_S, Matrix& g_y, T* g_x,
+                           const Write<T, E>& w, const Gates<T>& g, int set) {
+  int64_t in = n[l], out = n[l + 1];
+  pack_tokens(g_y, out, true, true);
+  match(w.d[l], g_y, out, square.data);
+  for (int64_t j = 0; j < C; j++)
+    for (int64_t i = j / BLOCK * BLOCK + j * C; i < (j + 1) * C; i++) {
+      T P = square.data[i], r = R[l][i], gate = g.GT[i];
+      dGT[set][i] -= P * r;
+      score.data[i] = r * gate;
+      square.data[i] = P * gate;
+    }
+  pack_tokens(score, C, false, true), pack_tokens(square, C, true, true);
+  const E* later = turn_tokens(score.packed.along, C, right_scratch);
+  sum_after(mixed(g_y, out, later, gd[l]));
+  later = turn_tokens(square.packed.along, C, right_scratch);
+  sum_after(mixed(x[l], in, later, gh[l]));
 
   T *at_beta = lanes, *at_phi = lanes + C, *at_M = lanes + 2 * C, *at_S = lanes + 3 * C;
   std::fill(lanes, lanes + 4 * C, T(0));
-  multiply<T>({W, out, 1, g_y, C, g_x, C}, in, C, out);
-  for (int64_t f = 0; f < in; f++)
-    for (int64_t i = 0; i < C; i++) {
-      at_beta[i] += g_x[f * C + i] * x[l][f * C + i];
-      g_x[f * C + i] *= g.beta[i];
-    }
-  if (S) {
-    multiply<T>({S, out, 1, g_y, C, g_one, C}, in, C, out);
-    for (int64_t f = 0; f < in; f++)
-      for (int64_t i = 0; i < C; i++) {
-        at_phi[i] += g_one[f * C + i] * x[l][f * C + i];
-        g_x[f * C + i] += g_one[f * C + i] * g.phi[i];
-      }
-  }
-  multiply<T>({w.h[l], C, 1, square, C, g_x, C, -1, nullptr, g_x}, in, C, live);
+  multiply(back(M, l, g_y, g_x).by(g.beta).summing(x[l].data, at_beta));
+  if (g_S) multiply(back(S[l], l, g_y, g_x).by(g.phi).plus(g_x).summing(x[l].data, at_phi));
+  sum_before(mixed(w.h[l], in, square.packed.across, g_x).plus(g_x).then_by(l ? sy[l - 1] : nullptr));
 
-  multiply<T>({g_M, out, 1, w.d[l], C, g_one, C}, in, C, out);
-  for (int64_t f = 0; f < in; f++)
-    for (int64_t i = 0; i < C; i++) {
-      at_M[i] += g_one[f * C + i] * w.h[l][f * C + i];
-      gh[l][f * C + i] -= g_one[f * C + i] * g.end_M[i];
-    }
-  multiply<T>({g_M, 1, out, w.h[l], C, gd[l], C, -1, g.end_M, gd[l]}, out, C, in);
-  if (S) {
-    multiply<T>({g_S, out, 1, w.d[l], C, g_one, C}, in, C, out);
-    for (int64_t f = 0; f < in; f++)
-      for (int64_t i = 0; i < C; i++) {
-        at_S[i] += g_one[f * C + i] * w.h[l][f * C + i];
-        gh[l][f * C + i] -= g_one[f * C + i] * g.end_S[i];
-      }
-    multiply<T>({g_S, 1, out, w.h[l], C, gd[l], C, -1, g.end_S, gd[l]}, out, C, in);
+  const Matrix &h = w.h[l], &d = w.d[l];
+  pack_weight(g_M, l, low_M, true, true);
+  multiply(back(low_M, l, d, gh[l]).minus().by(g.end_M).plus(gh[l]).summing(h.data, at_M));
+  multiply(through(low_M, l, h, gd[l]).minus().by(g.end_M).plus(gd[l]));
+  if (g_S) {
+    pack_weight(g_S, l, low_S, true, true);
+    multiply(back(low_S, l, d, gh[l]).minus().by(g.end_S).plus(gh[l]).summing(h.data, at_S));
+    multiply(through(low_S, l, h, gd[l]).minus().by(g.end_S).plus(gd[l]));
   }
+  int64_t tail = live - 1;
   for (int64_t i = 0; i < C; i++) {
     d_beta[set][i] += at_beta[i], d_phi[set][i] += at_phi[i];
     d_end_S[set][i] -= at_S[i];
+    dGT[set][i * C + tail] -= at_M[i];
   }
-  int64_t size = in * out, tail = live - 1;
-  for (int64_t j = 0; j < C; j++) dG[set][tail * C + j] -= at_M[j];
-  d_beta[set][tail] += dot(W, g_M, size);
+}
+
+// g_M and g_S, from after the chunk to before it, but for what the gradient point adds.
+template <class T, class E>
+void Head<T, E>::state_back(int l, const T* M, const T* S, T* g_M, T* g_S, const Matrix& g_y,
+                            const Gates<T>& g, int set) {
+  int64_t in = n[l], out = n[l + 1], size = in * out;
+  d_beta[set][live - 1] += dot(M, g_M, size);
   if (S) {
-    d_phi[set][tail] += dot(S, g_M, size);
+    d_phi[set][live - 1] += dot(S, g_M, size);
     d_end_mu[set] += dot(S, g_S, size);
-    const T* read = turned(g_y, out, g.phi, rounded);
-    multiply<T>({x[l], C, 1, read, ld, g_S, out, 1, nullptr, g_S, g.end_mu, g_M, g.end_phi}, in, out, live);
+    multiply(update(x[l], in, g_y, out, g.phi, g_S).plus(g_S, g.end_mu).plus(g_M, g.end_phi));
   }
-  const T* read = turned(g_y, out, g.beta, rounded);
-  multiply<T>({x[l], C, 1, read, ld, g_M, out, 1, nullptr, g_M, g.end_beta}, in, out, live);
+  multiply(update(x[l], in, g_y, out, g.beta, g_M, S).plus(g_M, g.end_beta));
 }
 
 // From gd[L - 1]: gz[L - 1] (false: none), error <- gradient in v, and k's in g_two if normed.
-template <class T>
-bool Head<T>::error_back(const Write<T>& w, int64_t head) {
+template <class T, class E>
+bool Head<T, E>::error_back(const Write<T, E>& w, int64_t head) {
   int64_t V = n[L];
-  T *g = gd[L - 1], *into = gz[L - 1];
+  T *g = gd[L - 1], *into = gz[L - 1].data;
   if (!a.normed) {
     for (int64_t i = 0; i < V * C; i++) into[i] = g[i], error[i] = -g[i];
     return !a.dot;
   }
   const T *weight = (const T*)a.weight + column * V, *bias = (const T*)a.bias + column * V;
   T *g_weight = (T*)a.g_weight + head * V, *g_bias = (T*)a.g_bias + head * V;
-  T *scale = lanes, *g_scale = lanes + C, *bare = g_above, *g_unit = g_one, *g_error = g_two;
-  standardise(w.z[L - 1], unit, scale);
+  T *scale = lanes, *g_scale = lanes + C, *bare = g_three, *g_unit = g_one.data, *g_error = g_two;
+  standardise(w.z, unit, scale);
   for (int64_t f = 0; f < V; f++)
     for (int64_t i = f * C; i < (f + 1) * C; i++) {
-      error[i] = a.dot ? -v[i] : k[i] + unit[i] * weight[f] + bias[f] - v[i];
+      error[i] = a.dot ? -v[i] : k.data[i] + unit[i] * weight[f] + bias[f] - v[i];
       bare[i] = error[i] * weight[f];
     }
-  T *mean = lanes + 2 * C, *along = lanes + 3 * C, *g_mean = square, *g_along = square + C;
+  T *mean = lanes + 2 * C, *along = lanes + 3 * C, *g_mean = turned, *g_along = turned + C;
   std::fill(mean, mean + 2 * C, T(0));
-  std::fill(square, square + 2 * C, T(0));
+  std::fill(turned, turned + 2 * C, T(0));
   std::fill(g_scale, g_scale + C, T(0));
   for (int64_t f = 0; f < V; f++)
     for (int64_t i = 0; i < C; i++) {
@@ -131,55 +122,55 @@ bool Head<T>::error_back(const Write<T>& w, int64_t head) {
 }
 
 // Through the inner gradients, into g_A and gh[0]: second derivatives of the memory's loss.
-template <class T>
-void Head<T>::write_back(const T* const* A, T* const* g_A, const Write<T>& w, int64_t head) {
+template <class T, class E>
+void Head<T, E>::write_back(T* const* g_A, const Write<T, E>& w, int64_t head) {
   for (int l = 0; l + 1 < L; l++) {
-    int64_t in = n[l + 1], out = n[l + 2], size = in * C;
-    curvature(a.gelu, size, w.z[l], g_one);
-    for (int64_t i = 0; i < size; i++) {
-      gz[l][i] = gd[l][i] * w.t[l][i] * g_one[i];
-      g_one[i] = gd[l][i] * w.s[l][i];
+    int64_t in = n[l + 1], out = n[l + 2];
+    for (int64_t i = 0; i < in * C; i++) {
+      gz[l].data[i] = gd[l][i] * w.bend[l][i];
+      g_one.data[i] = gd[l][i] * w.s[l][i];
     }
-    multiply<T>({A[l + 1], 1, out, g_one, C, gd[l + 1], C, 1, nullptr, gd[l + 1]}, out, C, in);
-    const T* write = turned(w.d[l + 1], out, nullptr, rounded);
-    multiply<T>({g_one, C, 1, write, padded(out), g_A[l + 1], out, 1, nullptr, g_A[l + 1]}, in, out, live);
+    pack_tokens(g_one, in, true, true);
+    multiply(through(w.A[l + 1], l + 1, g_one, gd[l + 1]).plus(gd[l + 1]));
+    multiply(update(g_one, in, w.d[l + 1], out, nullptr, g_A[l + 1]).plus(g_A[l + 1]));
   }
   bool through = error_back(w, head);
   for (int l = L - 1; l >= 0; l--) {
-    int64_t in = n[l], out = n[l + 1];
     if (through) {
-      const T* g_out = turned(gz[l], out, nullptr, rounded);
-      multiply<T>({w.h[l], C, 1, g_out, padded(out), g_A[l], out, 1, nullptr, g_A[l]}, in, out, live);
-      multiply<T>({A[l], out, 1, gz[l], C, gh[l], C, 1, nullptr, gh[l]}, in, C, out);
+      pack_tokens(gz[l], n[l + 1], true, true);
+      multiply(update(w.h[l], n[l], gz[l], n[l + 1], nullptr, g_A[l]).plus(g_A[l]));
+      multiply(back(w.A[l], l, gz[l], gh[l]).plus(gh[l]));
     }
     through = true;
     if (l)
-      for (int64_t i = 0; i < in * C; i++) gz[l - 1][i] += gh[l][i] * w.s[l - 1][i];
+      for (int64_t i = 0; i < n[l] * C; i++) gz[l - 1].data[i] += gh[l][i] * w.s[l - 1][i];
   }
   if (a.normed && !a.dot)
     for (int64_t i = 0; i < n[0] * C; i++) gh[0][i] += g_two[i];
 }
 
-template <class T>
-void Head<T>::gates_back(Span s, int set, const Gates<T>& g) const {
+template <class T, class E>
+void Head<T, E>::gates_back(Span s, int set, const Gates<T>& g) {
   int64_t w = s.width;
+  turn(dGT[set], C, C, C, turned, C);
   std::fill(Dr, Dr + C, 0.0);
-  std::fill(Ds, Ds + C, 0.0);
-  double D_beta = 0, D_phi = 0, D_mu = 0;
+  std::copy_n(d_end_S[set], C, Ds);
+  double D_beta = 0, D_phi = 0, D_mu = d_end_mu[set];
   for (int64_t i = w - 1; i >= 0; i--) {
-    double later_a = i + 1 < w ? g.a[i + 1] : 0, later_mu = i + 1 < w ? g.mu[i + 1] : 0;
+    double later_a = i + 1 < w ? g.a[i + 1] : 0, later_mu = i + 1 < w ? g.mu[i + 1] : 1;
     double add = exists(s.begin + i), g_a = 0, g_mu = 0;
-    const double *row_dG = dG[set] + i * C, *G = g.G + (i - 1) * C, *N = g.N + (i - 1) * C;
+    const double *G = g.G + (i - 1) * C, *N = g.N + (i - 1) * C;
+    const T* row_dG = turned + i * C;
     for (int64_t j = 0; j <= i; j++) {
       Dr[j] = row_dG[j] + later_a * Dr[j];
-      Ds[j] = (i + 1 < w ? later_mu * Ds[j] : d_end_S[set][j]) + add * Dr[j];
+      Ds[j] = later_mu * Ds[j] + add * Dr[j];
     }
     D_beta = d_beta[set][i] + later_a * D_beta;
     D_phi = d_phi[set][i] + later_a * D_phi;
-    D_mu = (i + 1 < w ? later_mu * D_mu : d_end_mu[set]) + add * D_phi;
+    D_mu = later_mu * D_mu + add * D_phi;
     if (i) {
       g_a = dot(Dr, G, i) + D_phi * g.phi_d[i - 1];
-      g_mu = dot(Ds, N, i);
+      g_mu = a.momentum ? dot(Ds, N, i) : 0;
     }
     g_a += D_beta * (i ? g.beta_d[i - 1] : 1);
     g_mu += D_mu * (i ? g.mu_prod[i - 1] : 1);
@@ -190,8 +181,8 @@ void Head<T>::gates_back(Span s, int set, const Gates<T>& g) const {
   }
 }
 
-template <class T>
-void Head<T>::backward(int64_t head) {
+template <class T, class E>
+void Head<T, E>::backward(int64_t head) {
   row = head / a.H, column = head % a.H;
   int64_t count = chunk_count(a), last = last_chunk(), V = n[L];
   T *g_M[MAX_LAYERS], *g_S[MAX_LAYERS], *g_A[MAX_LAYERS];
@@ -212,13 +203,9 @@ void Head<T>::backward(int64_t head) {
     again(begin, here, head);
     for (int64_t i = here - 1; i >= 0; i--) {
       bool opened = a.A0[0] && begin + i == 0;
-      const T* first[MAX_LAYERS];
       T* into[MAX_LAYERS];
-      for (int l = 0; l < L; l++) {
-        first[l] = opened ? of_head(a.A0, l, head) : at[i] + start[l];
-        into[l] = opened ? g_A[l] : g_M[l];
-      }
-      chunk_back(span_of(a, begin + i), i, first, g_M, g_S, into, head);
+      for (int l = 0; l < L; l++) into[l] = opened ? g_A[l] : g_M[l];
+      chunk_back(span_of(a, begin + i), i, opened, g_M, g_S, into, head);
       if (a.g_anchor[0] && begin + i == std::max<int64_t>(last, 0))
         for (int l = 0; l < L; l++) {
           const T* more = of_head(a.g_anchor, l, head);
@@ -229,18 +216,20 @@ void Head<T>::backward(int64_t head) {
 }
 
 // A group's chunks once more, from the state that was kept: at[i] is the state before chunk i.
-template <class T>
-void Head<T>::again(int64_t begin, int64_t here, int64_t head) {
+template <class T, class E>
+void Head<T, E>::again(int64_t begin, int64_t here, int64_t head) {
   at[0] = (const T*)a.kept + (begin / a.group * a.B * a.H + head) * state;
   for (int64_t i = 0; i < here; i++) {
     Span s = span_of(a, begin + i);
-    const T* first[MAX_LAYERS];
-    for (int l = 0; l < L; l++)
-      first[l] = a.A0[0] && begin + i == 0 ? of_head(a.A0, l, head) : at[i] + start[l];
+    for (int l = 0; l < L; l++) {
+      const T* first = a.A0[0] && begin + i == 0 ? of_head(a.A0, l, head) : at[i] + start[l];
+      pack_weight(first, l, writes[i].A[l], true, true);
+    }
     live = s.width;
     for (int set = 0; set < sets; set++) form_gates(s, set, gates[i][set]);
-    load(a.k, n[0], s, k), load(a.v, n[L], s, v);
-    write_pass(first, writes[i]);
+    load(a.k, n[0], s, k.data), load(a.v, n[L], s, v);
+    pack_tokens(k, n[0], true, true);
+    write_pass(writes[i]);
     if (i + 1 == here) break;
     for (int l = 0; l < L; l++) {
       T *W1 = states[i + 1] + start[l], *S1 = a.momentum ? W1 + P : nullptr;
@@ -251,54 +240,64 @@ void Head<T>::again(int64_t begin, int64_t here, int64_t head) {
   }
 }
 
-template <class T>
-void Head<T>::chunk_back(Span s, int64_t i, const T* const* first, T* const* g_M, T* const* g_S,
-                         T* const* into, int64_t head) {
+template <class T, class E>
+void Head<T, E>::chunk_back(Span s, int64_t i, bool opened, T* const* g_M, T* const* g_S,
+                            T* const* into, int64_t head) {
   int64_t V = n[L];
   live = s.width;
-  load(a.q, n[0], s, q), load(a.k, n[0], s, k), load(a.v, V, s, v);
+  load(a.q, n[0], s, x[0].data), load(a.k, n[0], s, k.data), load(a.v, V, s, v);
+  pack_tokens(x[0], n[0], true, true), pack_tokens(k, n[0], true, true);
   for (int set = 0; set < sets; set++) {
-    std::fill(dG[set], dG[set] + C * C, 0.0);
+    std::fill(dGT[set], dGT[set] + C * C, T(0));
     std::fill(d_beta[set], d_beta[set] + C, 0.0);
     std::fill(d_phi[set], d_phi[set] + C, 0.0);
     std::fill(d_end_S[set], d_end_S[set] + C, 0.0);
     d_end_mu[set] = 0;
   }
-  const Write<T>& w = writes[i];
+  const Write<T, E>& w = writes[i];
+  Weight<E> M[MAX_LAYERS];
   for (int l = 0; l < L; l++) {
-    const T *W = at[i] + start[l], *S = a.momentum ? W + P : nullptr;
-    if (l) activate(a.gelu, n[l] * C, y[l - 1], x[l], sy[l - 1]);
-    if (l + 1 < L || a.normed)
-      read_layer(l, W, S, w, gate(i, l));
-    else
-      multiply<T>({w.h[l], 1, C, x[l], C, R[l], C}, C, C, n[l]);
+    const T* W_l = at[i] + start[l];
+    if (opened) pack_weight(W_l, l, W[l], true, true);
+    M[l] = opened ? W[l] : w.A[l];
+    if (a.momentum) pack_weight(W_l + P, l, S[l], true, true);
   }
-  T *g_y = g_above, *g_x = g_below;
-  load(a.g_out, V, s, g_y);
-  if (a.normed) norm_back(g_y, head);
+  for (int l = 0; l < L; l++) {
+    T* y = l + 1 < L ? x[l + 1].data : answer;
+    if (l + 1 < L || a.normed)
+      read_layer(l, M[l], y, w, gate(i, l));
+    else
+      match(w.h[l], x[l], n[l], R[l]);
+    if (l + 1 == L) break;
+    activate<T>(a.gelu, n[l + 1] * C, y, y, sy[l], nullptr);
+    pack_tokens(x[l + 1], n[l + 1], true, true);
+  }
+  Matrix *g_y = &g_above, *g_x = &g_below;
+  load(a.g_out, V, s, g_y->data);
+  if (a.normed) norm_back(g_y->data, head);
   for (int l = L - 1; l >= 0; l--) {
-    const T *W = at[i] + start[l], *S = a.momentum ? W + P : nullptr;
-    read_back(l, W, S, g_M[l], g_S[l], g_y, g_x, w, gate(i, l), sets > 1 ? l : 0);
-    if (l)
-      for (int64_t m = 0; m < n[l] * C; m++) g_x[m] *= sy[l - 1][m];
+    const T *W_l = at[i] + start[l], *S_l = a.momentum ? W_l + P : nullptr;
+    int set = sets > 1 ? l : 0;
+    read_back(l, M[l], g_M[l], g_S[l], *g_y, g_x->data, w, gate(i, l), set);
+    state_back(l, W_l, S_l, g_M[l], g_S[l], *g_y, gate(i, l), set);
     std::swap(g_x, g_y);
   }
   if (a.normed)
-    for (int64_t m = 0; m < V * C; m++) g_y[m] += g_residual[m];
-  store(g_y, n[0], s, a.g_q);
-  write_back(first, into, w, head);
+    for (int64_t m = 0; m < V * C; m++) g_y->data[m] += g_residual[m];
+  store(g_y->data, n[0], s, a.g_q);
+  write_back(into, w, head);
   store(gh[0], n[0], s, a.g_k);
   store(error, V, s, a.g_v);
   for (int set = 0; set < sets; set++) gates_back(s, set, gates[i][set]);
 }
 
 // Through the answer's residual and LayerNorm: g_y becomes the gradient in the MLP's output.
-template <class T>
-void Head<T>::norm_back(T* g_y, int64_t head) {
+template <class T, class E>
+void Head<T, E>::norm_back(T* g_y, int64_t head) {
   int64_t V = n[L];
   const T* weight = (const T*)a.weight + column * V;
   T *g_weight = (T*)a.g_weight + head * V, *g_bias = (T*)a.g_bias + head * V;
-  standardise(y[L - 1], unit, lanes);
+  standardise(answer, unit, lanes);
   std::copy_n(g_y, V * C, g_residual);
   for (int64_t f = 0; f < V; f++) {
     g_weight[f] += dot(g_y + f * C, unit + f * C, C);

@@ -24,9 +24,12 @@ struct FlushToZero {  // on this thread, for as long as it lives: decayed weight
 #endif
 };
 
-template <class T>
+template <class T, class E>
 bool all_heads(const Args& a, bool backward, int threads) {
-  size_t bytes = Head<T>(a, nullptr, backward).bytes() + 1024;  // a tile may read past a row's end
+  size_t bytes = Head<T, E>(a, nullptr, backward).bytes() + 1024;  // a tile may read past a row's end
+  int64_t tokens = a.B * a.T * a.H * (std::is_same_v<E, Pair> ? 2 : sizeof(T));
+  for (void* fresh : {a.g_q, a.g_k}) large_pages(fresh, tokens * a.width[0]);
+  for (void* fresh : {a.out, a.g_v}) large_pages(fresh, tokens * a.width[a.L]);
   std::atomic<int64_t> next{0};
   std::atomic<bool> done{true};
 #pragma omp parallel num_threads(threads)
@@ -34,7 +37,7 @@ bool all_heads(const Args& a, bool backward, int threads) {
     thread_local Arena arena;
     FlushToZero flush;
     if (char* memory = arena.reserve(bytes)) {
-      Head<T> head(a, memory, backward);
+      Head<T, E> head(a, memory, backward);
       for (int64_t i; (i = next++) < a.B * a.H;) backward ? head.backward(i) : head.forward(i);
     } else {
       done = false;
@@ -45,7 +48,22 @@ bool all_heads(const Args& a, bool backward, int threads) {
 
 }  // namespace
 
+// Whether products of bfloat16 are compiled in.
+extern "C" int pytitans_bfloat16() {
+#if defined(__AVX512BF16__)
+  return 1;
+#else
+  return 0;
+#endif
+}
+
 // Returns 0, or 1 when there is no memory left.
-extern "C" int pytitans_chunks(const Args* a, int wide, int backward, int threads) {
-  return !(wide ? all_heads<double>(*a, backward, threads) : all_heads<float>(*a, backward, threads));
+extern "C" int pytitans_chunks(const Args* a, int kind, int backward, int threads) {
+  switch (kind) {
+#if defined(__AVX512BF16__)
+    case BFLOAT16: return !all_heads<float, Pair>(*a, backward, threads);
+#endif
+    case FLOAT64: return !all_heads<double, double>(*a, backward, threads);
+    default: return !all_heads<float, float>(*a, backward, threads);
+  }
 }

@@ -37,13 +37,23 @@ inline float error_function(float x) {  // Abramowitz and Stegun 7.1.26: within 
 
 constexpr double SQRT_HALF = 0.70710678118654752, INV_SQRT_2PI = 0.39894228040143268;
 
+// y may be z. `slope` and `curve`, the first two derivatives, are wanted in that order.
 template <class T>
-void activate(bool gelu, int64_t n, const T* z, T* y, T* slope) {
+void activate(bool gelu, int64_t n, const T* z, T* y, T* slope, T* curve) {
   if (gelu) {
     for (int64_t i = 0; i < n; i++) {
       T x = z[i], cdf = T(0.5) * (1 + error_function(T(x * T(SQRT_HALF))));
+      T density = slope ? T(INV_SQRT_2PI) * exponential(T(T(-0.5) * x * x)) : T(0);
       y[i] = x * cdf;
-      if (slope) slope[i] = cdf + x * T(INV_SQRT_2PI) * exponential(T(T(-0.5) * x * x));
+      if (slope) slope[i] = cdf + x * density;
+      if (curve) curve[i] = density * (2 - x * x);
+    }
+  } else if (curve) {
+    for (int64_t i = 0; i < n; i++) {
+      T x = z[i], s = 1 / (1 + exponential(T(-x)));
+      y[i] = x * s;
+      slope[i] = s * (1 + x * (1 - s));
+      curve[i] = s * (1 - s) * (2 + x * (1 - 2 * s));
     }
   } else if (slope) {
     for (int64_t i = 0; i < n; i++) {
@@ -67,19 +77,6 @@ double dot(const T* a, const T* b, int64_t n) {
   for (int m = 0; m < lanes; m++) total += sums[m];
   for (; i < n; i++) total += a[i] * b[i];
   return total;
-}
-
-template <class T>
-void curvature(bool gelu, int64_t n, const T* z, T* curve) {
-  for (int64_t i = 0; i < n; i++) {
-    T x = z[i];
-    if (gelu) {
-      curve[i] = T(INV_SQRT_2PI) * exponential(T(T(-0.5) * x * x)) * (2 - x * x);
-    } else {
-      T s = 1 / (1 + exponential(T(-x)));
-      curve[i] = s * (1 - s) * (2 + x * (1 - 2 * s));
-    }
-  }
 }
 
 }  // namespace

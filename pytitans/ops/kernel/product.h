@@ -1,8 +1,9 @@
-// Matrix products and transposes in registers, for float and double.
+// Matrix products and transposes in registers: float, double, or float from pairs of bfloat16.
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
+#include <type_traits>
 #if defined(__AVX512F__)
 #include <immintrin.h>
 #endif
@@ -24,109 +25,203 @@ struct Vec {
   static constexpr int lanes = BYTES / sizeof(T);
 };
 
+enum class Pair : uint32_t {};  // two bfloat16 numbers that follow each other in a sum
+
+template <>
+struct Vec<Pair> : Vec<uint32_t> {};
+
+template <class E>
+constexpr int64_t terms(int64_t n) {  // items of E that hold n terms of a sum
+  return std::is_same_v<E, Pair> ? (n + 1) / 2 : n;
+}
+
 constexpr int64_t PAD = 16;
 
 inline int64_t padded(int64_t n) { return (n + PAD - 1) / PAD * PAD; }
 
-// ---- out = c_in * in + c_more * more + sign * lane * (A @ B) --------------------------------
+// ---- out = times * (c_in * in + c_more * more + sign * lane * (A @ B)) ------------------------
 
-template <class T>
+template <class T, class E>
 struct Product {
-  const T* A;
+  const E* A;
   int64_t rows_by, cols_by;  // strides of A's [M][K]
-  const T* B;                // [K][N], rows padded to PAD
+  const E* B;                // [K][N], rows padded to PAD
   int64_t ldb;
   T* out;
-  int64_t ldo;
-  T sign = 1;
-  const T* lane = nullptr;  // a factor for each column
-  const T* in = nullptr;    // with out's leading dimension, and may be out itself
-  T c_in = 1;
-  const T* more = nullptr;
-  T c_more = 0;
+  int64_t ldo, M, N, K;  // K in items of E
+  T sign = 1, c_in = 1, c_more = 1;
+  const T *lane = nullptr, *in = nullptr, *more = nullptr, *times = nullptr, *with = nullptr;
+  T *sums = nullptr, *scaled = nullptr;
+
+  Product minus() const { return sign_of(-1); }
+  Product by(const T* factor) const {  // one for each column
+    Product p = *this;
+    p.lane = factor;
+    return p;
+  }
+  Product plus(const T* x, T c = 1) const {  // with out's leading dimension; may be out itself
+    Product p = *this;
+    p.in ? (p.more = x, p.c_more = c) : (p.in = x, p.c_in = c);
+    return p;
+  }
+  Product then_by(const T* factor) const {  // one for each entry, last of all
+    Product p = *this;
+    p.times = factor;
+    return p;
+  }
+  Product summing(const T* x, T* into) const {  // into[column] += (A @ B) * x
+    Product p = *this;
+    p.with = x, p.sums = into;
+    return p;
+  }
+  Product scaling(T* x) const {  // x *= A @ B
+    Product p = *this;
+    p.scaled = x;
+    return p;
+  }
+
+ private:
+  Product sign_of(T s) const {
+    Product p = *this;
+    p.sign = s;
+    return p;
+  }
 };
 
-template <class T, int MR, int NV>
-inline __attribute__((always_inline)) void tile(const Product<T>& p, int64_t i, int64_t j, int64_t K,
-                                                int64_t columns) {
+template <class T>
+inline __attribute__((always_inline)) void add_to(typename Vec<T>::type& sum, T x,
+                                                  const typename Vec<T>::type& row) {
+  sum += x * row;
+}
+#if defined(__AVX512BF16__)
+inline __attribute__((always_inline)) void add_to(Vec<float>::type& sum, Pair x,
+                                                  const Vec<Pair>::type& row) {
+  sum = _mm512_dpbf16_ps(sum, (__m512bh)_mm512_set1_epi32((int)x), (__m512bh)row);
+}
+#endif
+
+// f(row, vector) for every vector of a tile, unrolled.
+template <int MR, int NV, class F>
+inline __attribute__((always_inline)) void each(F f) {
+#pragma GCC unroll 24
+  for (int r = 0; r < MR; r++)
+#pragma GCC unroll 4
+    for (int n = 0; n < NV; n++) f(r, n);
+}
+
+// Rows [i, i + MR) and the columns from j on, at most NV vectors of them; sums over [k, end).
+// A's rows or columns follow each other without a gap (BY_ROW: rows), which spares registers.
+template <class T, class E, int MR, int NV, bool BY_ROW>
+inline __attribute__((always_inline)) void tile(const Product<T, E>& p, int64_t i, int64_t j, int64_t k,
+                                                int64_t end, int64_t columns) {
   using V = typename Vec<T>::type;
   using U = typename Vec<T>::loose;
   constexpr int lanes = Vec<T>::lanes;
   V acc[MR][NV];
-#pragma GCC unroll 24
-  for (int r = 0; r < MR; r++)
+  each<MR, NV>([&](int r, int n) { acc[r][n] = V{}; });
+  const int64_t by_row = BY_ROW ? 1 : p.rows_by, by_col = BY_ROW ? p.cols_by : 1;
+  const E* a[(MR + 3) / 4];  // of every fourth row
+  for (int r = 0; r < MR; r += 4) a[r / 4] = p.A + (i + r) * by_row + k * by_col;
+  const E* b = p.B + k * p.ldb + j;
+  for (; k < end; k++, b += p.ldb) {
+    typename Vec<E>::type row[NV];
 #pragma GCC unroll 4
-    for (int n = 0; n < NV; n++) acc[r][n] = V{};
-  const T* a = p.A + i * p.rows_by;
-  const T* b = p.B + j;
-  for (int64_t k = 0; k < K; k++, a += p.cols_by, b += p.ldb) {
-    V row[NV];
-#pragma GCC unroll 4
-    for (int n = 0; n < NV; n++) row[n] = *(const U*)(b + n * lanes);
+    for (int n = 0; n < NV; n++) row[n] = *(const typename Vec<E>::loose*)(b + n * lanes);
 #pragma GCC unroll 24
     for (int r = 0; r < MR; r++) {
-      T x = a[r * p.rows_by];
+      E x = a[r / 4][r % 4 * by_row];
 #pragma GCC unroll 4
-      for (int n = 0; n < NV; n++) acc[r][n] += x * row[n];
+      for (int n = 0; n < NV; n++) add_to(acc[r][n], x, row[n]);
     }
+#pragma GCC unroll 6
+    for (int r = 0; r < MR; r += 4) a[r / 4] += by_col;
   }
-#pragma GCC unroll 24
-  for (int r = 0; r < MR; r++)
-#pragma GCC unroll 4
-    for (int n = 0; n < NV; n++) {
-      int64_t at = (i + r) * p.ldo + j + n * lanes;
-      int64_t left = std::min<int64_t>(lanes, columns - n * lanes);
-      if (left <= 0) break;
-      V x = acc[r][n] * p.sign;
-      if (p.lane) x *= *(const U*)(p.lane + j + n * lanes);
-      if (left == lanes) {
-        if (p.in) x += p.c_in * *(const U*)(p.in + at);
-        if (p.more) x += p.c_more * *(const U*)(p.more + at);
-        *(U*)(p.out + at) = x;
-      } else {
-        for (int64_t m = 0; m < left; m++) {
-          T y = x[m];
-          if (p.in) y += p.c_in * p.in[at + m];
-          if (p.more) y += p.c_more * p.more[at + m];
-          p.out[at + m] = y;
-        }
+  int64_t ld = p.ldo, at = i * ld + j;
+  auto load = [&](const T* x, int r, int n) { return *(const U*)(x + at + r * ld + n * lanes); };
+  if (NV == 1 && columns < lanes) {  // a weight's last columns: tokens are padded
+    for (int r = 0; r < MR; r++)
+      for (int64_t m = 0; m < columns; m++) {
+        int64_t here = at + r * ld + m;
+        T x = acc[r][0][m] * p.sign;
+        if (p.in) x += p.c_in * p.in[here];
+        if (p.more) x += p.c_more * p.more[here];
+        p.out[here] = x;
       }
-    }
+    return;
+  }
+  if (p.with) {
+    V total[NV];
+    for (int n = 0; n < NV; n++) total[n] = *(U*)(p.sums + j + n * lanes);
+    each<MR, NV>([&](int r, int n) { total[n] += acc[r][n] * load(p.with, r, n); });
+    for (int n = 0; n < NV; n++) *(U*)(p.sums + j + n * lanes) = total[n];
+  }
+  if (p.scaled)
+    each<MR, NV>([&](int r, int n) { *(U*)(p.scaled + at + r * ld + n * lanes) *= acc[r][n]; });
+  if (p.lane) {
+    V lane[NV];
+    for (int n = 0; n < NV; n++) lane[n] = p.sign * *(const U*)(p.lane + j + n * lanes);
+    each<MR, NV>([&](int r, int n) { acc[r][n] *= lane[n]; });
+  } else if (p.sign < 0) {
+    each<MR, NV>([&](int r, int n) { acc[r][n] = -acc[r][n]; });
+  }
+  if (p.in) each<MR, NV>([&](int r, int n) { acc[r][n] += p.c_in * load(p.in, r, n); });
+  if (p.more) each<MR, NV>([&](int r, int n) { acc[r][n] += p.c_more * load(p.more, r, n); });
+  if (p.times) each<MR, NV>([&](int r, int n) { acc[r][n] *= load(p.times, r, n); });
+  each<MR, NV>([&](int r, int n) { *(U*)(p.out + at + r * ld + n * lanes) = acc[r][n]; });
 }
 
-template <class T, int MR, int NV>
-__attribute__((noinline)) int64_t rows(const Product<T>& p, int64_t i, int64_t M, int64_t j, int64_t K,
-                                       int64_t columns) {
-  for (; i + MR <= M; i += MR) tile<T, MR, NV>(p, i, j, K, columns);
+template <class T, class E, int MR, int NV>
+__attribute__((noinline)) int64_t rows(const Product<T, E>& p, int64_t i, int64_t M, int64_t j, int64_t k,
+                                       int64_t end, int64_t columns) {
+  if (p.rows_by == 1)
+    for (; i + MR <= M; i += MR) tile<T, E, MR, NV, true>(p, i, j, k, end, columns);
+  else
+    for (; i + MR <= M; i += MR) tile<T, E, MR, NV, false>(p, i, j, k, end, columns);
   return i;
 }
 
-template <class T>
-void multiply(const Product<T>& p, int64_t M, int64_t N, int64_t K) {
+// Those of the rows before M that tiles of MR and then FEWER rows leave are taken one at a time.
+template <class T, class E, int MR, int FEWER, int NV>
+void columns_of(const Product<T, E>& p, int64_t M, int64_t j, int64_t k, int64_t end, int64_t columns) {
+  int64_t left = M % MR, whole = left && left < 4 ? M - MR - left : M;  // few rows wait for their sums
+  int64_t i = rows<T, E, MR, NV>(p, 0, whole, j, k, end, columns);
+  i = rows<T, E, FEWER, NV>(p, i, M, j, k, end, columns);
+  rows<T, E, 1, NV>(p, i, M, j, k, end, columns);
+}
+
+// The rows before M and columns [j, N) of a product, with the terms [k, end) of its sums.
+template <class T, class E>
+void multiply(const Product<T, E>& p, int64_t M, int64_t j, int64_t N, int64_t k, int64_t end) {
   constexpr int lanes = Vec<T>::lanes;
   constexpr bool many = BYTES != 32;  // 32 registers, else 16
-  int64_t j = 0;
   while (j < N) {
-    int64_t left = N - j, i = 0;
-    if (many && left > 2 * lanes) {
-      i = rows<T, 6, 4>(p, i, M, j, K, left);
-      i = rows<T, 2, 4>(p, i, M, j, K, left);
-      i = rows<T, 1, 4>(p, i, M, j, K, left);
+    int64_t left = N - j, vectors = std::max<int64_t>(left / lanes, 1);
+    if (many && vectors >= 4) {
+      columns_of<T, E, 6, 4, 4>(p, M, j, k, end, left);
       j += 4 * lanes;
-    } else if (left > lanes) {
-      i = rows<T, many ? 8 : 6, 2>(p, i, M, j, K, left);
-      i = rows<T, 4, 2>(p, i, M, j, K, left);
-      i = rows<T, 1, 2>(p, i, M, j, K, left);
+    } else if (many && vectors == 3) {
+      columns_of<T, E, 8, 4, 3>(p, M, j, k, end, left);
+      j += 3 * lanes;
+    } else if (vectors >= 2) {
+      columns_of<T, E, many ? 12 : 6, 4, 2>(p, M, j, k, end, left);
       j += 2 * lanes;
     } else {
-      i = rows<T, many ? 16 : 12, 1>(p, i, M, j, K, left);
-      i = rows<T, 8, 1>(p, i, M, j, K, left);
-      i = rows<T, 1, 1>(p, i, M, j, K, left);
+      columns_of<T, E, many ? 16 : 12, 8, 1>(p, M, j, k, end, left);
       j += lanes;
     }
   }
 }
 
+template <class T, class E>
+void multiply(const Product<T, E>& p) {
+  multiply(p, p.M, 0, p.N, 0, p.K);
+}
+
+template <class T>
+T times(T x, const T* factor, int64_t at) {
+  if constexpr (std::is_arithmetic_v<T>) return factor ? x * factor[at] : x;
+  return x;
+}
 
 // dst[c][r] = src[r][c] * factor[c]: turned in blocks that stay in the first cache.
 template <class T>
@@ -138,12 +233,14 @@ void turn(const T* src, int64_t lds, int64_t rows, int64_t cols, T* dst, int64_t
   if constexpr (sizeof(T) == 4)
     for (; r + block <= rows; r += block) {
       int64_t c = 0;
-      for (; c + block <= cols; c += block) {
+      for (; c < cols; c += block) {
         __m512 a[16], b[16];
+        int here = std::min(block, cols - c);
+        __mmask16 some = (1 << here) - 1;
 #pragma GCC unroll 16
-        for (int i = 0; i < 16; i++) a[i] = _mm512_loadu_ps(src + (r + i) * lds + c);
-        if (factor) {
-          __m512 f = _mm512_loadu_ps(factor + c);
+        for (int i = 0; i < 16; i++) a[i] = _mm512_maskz_loadu_ps(some, src + (r + i) * lds + c);
+        if (std::is_same_v<T, float> && factor) {
+          __m512 f = _mm512_maskz_loadu_ps(some, factor + c);
 #pragma GCC unroll 16
           for (int i = 0; i < 16; i++) a[i] = _mm512_mul_ps(a[i], f);
         }
@@ -172,17 +269,14 @@ void turn(const T* src, int64_t lds, int64_t rows, int64_t cols, T* dst, int64_t
           b[12 + i] = _mm512_shuffle_f32x4(q, t, 0xdd);
         }
 #pragma GCC unroll 16
-        for (int i = 0; i < 16; i++) _mm512_storeu_ps(dst + (c + i) * ldd + r, b[i]);
+        for (int i = 0; i < 16 && i < here; i++) _mm512_storeu_ps(dst + (c + i) * ldd + r, b[i]);
       }
-      for (; c < cols; c++)
-        for (int64_t i = r; i < r + block; i++)
-          dst[c * ldd + i] = src[i * lds + c] * (factor ? factor[c] : 1);
     }
 #endif
   for (; r < rows; r += block)
     for (int64_t c = 0; c < cols; c++)
       for (int64_t i = r; i < std::min(rows, r + block); i++)
-        dst[c * ldd + i] = src[i * lds + c] * (factor ? factor[c] : 1);
+        dst[c * ldd + i] = times(src[i * lds + c], factor, c);
 }
 
 }  // namespace
