@@ -1,4 +1,4 @@
-"""The command `titans`: train, eval, read, generate, info, serve.
+"""The command `titans`: train, eval, report, read, generate, info, serve.
 
 Options are the fields of the classes they configure: `--data.X` TextData, `--model.X` TitansConfig,
 `--train.X` TrainArguments, which are Hugging Face's TrainingArguments. Torch and transformers are
@@ -34,7 +34,8 @@ HELP = """\
 titans: neural memory that learns at test time
 
   titans train       train a model on text
-  titans eval        bits per byte of a model on a text, beside xz -9
+  titans eval        bits per byte of a model on a text, beside xz -9; or --task, see its help
+  titans report      tables and pictures of what `titans eval --task` has found
   titans read        read texts of any length into a memory, and save it
   titans generate    continue a prompt, or what a memory has read
   titans info        parameters, memory state and FLOPs of a model
@@ -155,7 +156,12 @@ def print_facts(facts: dict[str, Any], folder: str | None) -> None:
 
 
 def eval_command(argv: list[str]) -> int:
-    """Prints bits per byte and perplexity as JSON."""
+    """Prints bits per byte and perplexity as JSON; with --task, runs that."""
+    if any(option.split("=")[0] == "--task" for option in argv):
+        from pytitans.evals.command import eval_task
+
+        return eval_task(argv)
+
     from pytitans.data.text import SPLITS, TextData, head, load_text
 
     parser = new_parser("eval", "Bits per byte of a model on a text, beside xz -9.")
@@ -311,6 +317,13 @@ def serve_command(argv: list[str]) -> int:
     return serve(argv)
 
 
+def report_command(argv: list[str]) -> int:
+    """Writes tables and pictures of results."""
+    from pytitans.evals.command import report
+
+    return report(argv)
+
+
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": train_command,
     "eval": eval_command,
@@ -318,6 +331,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "generate": generate_command,
     "info": info_command,
     "serve": serve_command,
+    "report": report_command,
 }
 
 

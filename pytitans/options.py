@@ -35,7 +35,28 @@ examples:
   titans eval --model runs/mac                            the validation text it was trained beside
   titans eval --model runs/mac --split test --output test.json
   titans eval --model runs/mac --data book.txt --split all --data.sequence_length 4096
-  titans eval --model gpt2 --data book.txt --split all    any Hugging Face causal model""",
+  titans eval --model gpt2 --data book.txt --split all    any Hugging Face causal model
+  titans eval --task niah_single_1 --model runs/mac       does it remember? --task NAME --help""",
+    "eval --task NAME": """\
+tasks (docs/evaluation.md):
+  passkey, niah_single_1 to 3, niah_multikey_1 to 3, niah_multivalue, niah_multiquery
+  babilong_qa1 to 5, with --babi; recall; parity, modular_addition, s5
+  positions: bits per byte by position, with --data
+  lm_eval:NAME,NAME: of the lm-evaluation-harness, from its hub or --local files
+
+examples:
+  titans eval --task niah_single_1 --model runs/mac --lengths 2K 64K 2M --output niah.json
+  titans eval --task niah_single_2 --model runs/mac --data "books/*.txt.xz" --depths 10 50 90
+  titans eval --task babilong_qa1 --model runs/mac --babi tasks_1-20_v1-2.zip --data "books/*.xz"
+  titans eval --task positions --model runs/mac --data gibbon.txt.xz --output positions.json
+  titans eval --task lm_eval:piqa,wikitext --model runs/mac --local commonsense/
+  titans report niah.json positions.json --output report""",
+    "report": """\
+examples:
+  titans report results/*.json --output report    report.md and its pictures
+
+Files of one model, and of models that differ in their seed alone (mal-seed0, mal-seed1), are a
+row.""",
     "read": """\
 examples:
   titans read --model runs/mac book.txt.xz --memory book.safetensors
