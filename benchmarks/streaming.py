@@ -8,8 +8,8 @@ Correctness comes first: unless a small model reads a text in pieces as in one c
 state, nothing is reported.
 
 read: what `titans read` does, in a process of its own: Python's standard library, byte by byte,
-with the bits per byte it was given. Resident memory after --early tokens and at the end; tokens/s
-in the first tenth and in the last, as medians over pieces.
+by an untrained model. Resident memory after --early tokens and at the end; tokens/s
+in the first tenth and in the last; all are medians over pieces.
 
 decode: tokens/s one by one, greedy, one row, after a context of each length; Hugging Face's Llama
 has the parameters of the Titans model, its feed-forward width fitted. Titans has read its context;
@@ -46,6 +46,7 @@ from pytitans.models import TitansForCausalLM
 from pytitans.read import BLOCK, Block, Reading, resident_mb
 
 TENTH = 10
+SAMPLES = 10  # of resident memory, whose median counts: what is freed returns when it likes
 EXACT = 1e-9  # what float64 may differ by, relatively
 
 
@@ -173,17 +174,19 @@ def read(args) -> dict:
     model = training.titans(args, args.chunk[0]).to(getattr(torch, args.dtype)).eval()
     eos = byte_tokenizer().eos_token_id
     reading = Reading(TitansCache(args.layers), eos, next_token=eos)
-    early, seconds = None, []
+    seconds, resident = [], []
     for begin in range(0, args.tokens, BLOCK):
         ids = text[begin : begin + BLOCK]
         started = time.perf_counter()
         reading.feed(model, Block(ids, len(ids), 0))
         seconds.append((time.perf_counter() - started) / len(ids))
-        if early is None and reading.tokens >= args.early:
-            early = resident_mb()
+        resident.append(resident_mb())
     part = max(1, len(seconds) // TENTH)
+    early = max(1, args.early // BLOCK)
     return {
-        "tokens": reading.tokens, "early": args.early, "early_mb": early, "end_mb": resident_mb(),
+        "tokens": reading.tokens, "early": args.early,
+        "early_mb": statistics.median(resident[early - 1 :][:SAMPLES]),
+        "end_mb": statistics.median(resident[-SAMPLES:]),
         "cache_mb": reading.cache.nbytes / 2**20, "bits_per_byte": reading.bits_per_byte,
         "tokens_per_s": 1 / statistics.mean(seconds),
         "first_tenth": 1 / statistics.median(seconds[:part]),
