@@ -1,5 +1,7 @@
 """The server's HTTP application."""
 
+import itertools
+import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -19,6 +21,7 @@ from pytitans.serve.schema import ErrorBody, Health
 from pytitans.serve.service import Service
 from pytitans.serve.settings import Clients
 
+UNION = {"str", "int", "list", "float", "bool"}
 ERRORS: dict[int | str, dict[str, Any]] = {
     400: {"description": "not valid, or beyond a limit of the prompt or the answer"},
     401: {"description": "no token, or none that is known"},
@@ -66,7 +69,7 @@ def build_app(service: Service, clients: Clients) -> FastAPI:
     app.add_exception_handler(RequestValidationError, on_invalid)
     app.add_exception_handler(Exception, on_failure)
     described = app.openapi
-    app.openapi = lambda: without_422(described())
+    app.openapi = lambda: with_limits(described(), service)
     return app
 
 
@@ -77,27 +80,55 @@ async def on_http_error(request: Request, error: Exception) -> Response:
         if isinstance(error, ApiError)
         else error_body(error.status_code, str(error.detail))
     )
-    return JSONResponse(body, error.status_code, dict(error.headers or {}))
+    headers = {name.lower(): value for name, value in (error.headers or {}).items()}
+    if error.status_code == 405:
+        headers["allow"] = ", ".join(methods_of(request)) or headers.get("allow", "")
+    return JSONResponse(body, error.status_code, headers)
+
+
+def methods_of(request: Request) -> list[str]:
+    """All methods of the path; the framework names those of one of its functions."""
+    found: set[str] = set()
+    for path, operations in request.app.openapi()["paths"].items():
+        pattern = re.sub(r"\{\w+\}", "[^/]+", path)
+        if re.fullmatch(pattern, request.url.path):
+            found |= operations.keys()
+    return sorted(method.upper() for method in found)
 
 
 async def on_invalid(request: Request, error: Exception) -> Response:
     """OpenAI answers 400 and names the field; what was sent is not repeated."""
     assert isinstance(error, RequestValidationError)
-    first = error.errors()[0]
-    where = ".".join(str(part) for part in first["loc"] if part not in ("body", "query", "path"))
-    message = first["msg"].removeprefix("Value error, ")
+    where = field_of(error.errors()[0])
+    messages = [e["msg"] for e in error.errors() if field_of(e) == where]  # of a union, several
+    message = ", or: ".join(dict.fromkeys(m.removeprefix("Value error, ") for m in messages))
     text = f"{where}: {message}" if where else message
     text = text.encode("utf-8", "replace").decode()
     return JSONResponse(error_body(400, text, "invalid_request", where or None), 400)
+
+
+def field_of(error: dict[str, Any]) -> str:
+    """`messages.0.role`; what pydantic calls the members of a union is left out."""
+    parts = itertools.takewhile(
+        lambda part: isinstance(part, int) or (part.isidentifier() and part not in UNION),
+        error["loc"][1:],
+    )
+    return ".".join(str(part) for part in parts)
 
 
 async def on_failure(request: Request, error: Exception) -> Response:
     return JSONResponse(error_body(500, "the server failed: see its log"), 500)
 
 
-def without_422(schema: dict[str, Any]) -> dict[str, Any]:
-    """FastAPI announces its own form of a validation error; ours is 400's."""
+def with_limits(schema: dict[str, Any], service: Service) -> dict[str, Any]:
+    """What this server in particular takes. FastAPI's own form of an error goes: ours is 400's."""
     for path in schema["paths"].values():
         for operation in path.values():
             operation["responses"].pop("422", None)
+    for name in ("CompletionRequest", "ChatRequest", "AskRequest"):
+        fields = schema["components"]["schemas"][name]["properties"]
+        if "model" in fields:
+            fields["model"]["enum"] = [service.name]
+        for field in fields.keys() & {"max_tokens", "max_completion_tokens"}:
+            fields[field]["anyOf"][0]["maximum"] = service.settings.max_new_tokens
     return schema

@@ -41,24 +41,24 @@ def serve(argv: list[str]) -> int:
 
     quiet()
     logging.basicConfig(level=logging.WARNING, format="titans: %(message)s")
-    listening = listen(settings.host, settings.port)
-    service = load_service(options.model, settings)
-    config = uvicorn.Config(
-        build_app(service, clients),
-        log_level="warning",
-        access_log=False,
-        server_header=False,
-        timeout_graceful_shutdown=GOODBYE,
-    )
+    with listen(settings.host, settings.port) as listening:
+        service = load_service(options.model, settings)
+        config = uvicorn.Config(
+            build_app(service, clients),
+            log_level="warning",
+            access_log=False,
+            server_header=False,
+            timeout_graceful_shutdown=GOODBYE,
+        )
 
-    class Server(uvicorn.Server):
-        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-            await super().startup(sockets)
-            host, port = listening.getsockname()[:2]
-            host = f"[{host}]" if ":" in host else host
-            print(f"{service.name} on http://{host}:{port}/v1, its page at /docs", flush=True)
+        class Server(uvicorn.Server):
+            async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+                await super().startup(sockets)
+                host, port = listening.getsockname()[:2]
+                host = f"[{host}]" if ":" in host else host
+                print(f"{service.name} on http://{host}:{port}/v1, its page at /docs", flush=True)
 
-    Server(config).run(sockets=[listening])
+        Server(config).run(sockets=[listening])
     return 0
 
 

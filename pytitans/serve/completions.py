@@ -28,6 +28,12 @@ from pytitans.serve.text import PLAIN_STOP, chat_ids, prompt_ids
 
 COMPLETION_TOKENS = 16  # OpenAI's, where max_tokens is left out
 CHAT_TOKENS = 512
+STREAM: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": "the answer; with `stream`, server-sent events of its chunks",
+        "content": {"text/event-stream": {}},
+    }
+}
 
 
 def openai_routes(service: Service) -> APIRouter:
@@ -43,13 +49,13 @@ def openai_routes(service: Service) -> APIRouter:
         check_model(service, model)
         return this
 
-    @routes.post("/completions", response_model=Completion)
+    @routes.post("/completions", response_model=Completion, responses=STREAM)
     async def completions(request: Request, body: CompletionRequest) -> Response:
         prompts = [partial(ids_of, service, prompt) for prompt in listed(body.prompt)]
         ask = ask_of(service, request, body, prompts, COMPLETION_TOKENS)
         return await reply(service, request, body, ask, Form(service, chat=False))
 
-    @routes.post("/chat/completions", response_model=ChatCompletion)
+    @routes.post("/chat/completions", response_model=ChatCompletion, responses=STREAM)
     async def chat(request: Request, body: ChatRequest) -> Response:
         messages = [message.plain for message in body.messages]
         body.max_tokens = body.max_completion_tokens or body.max_tokens

@@ -176,7 +176,7 @@ def choose(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> in
     """A token, logits [vocabulary]. In float64: a temperature near 0 must not divide 0 by 0."""
     if sampling.temperature == 0:
         return int(logits.argmax())
-    logits = logits.double().cpu()
+    logits = logits.cpu().double()
     p = ((logits - logits.max()) / sampling.temperature).softmax(-1)
     if sampling.top_p < 1:
         p, order = p.sort(descending=True, stable=True)

@@ -36,7 +36,7 @@ from pytitans.serve.text import prompt_ids
 ASK_TOKENS = 256  # where max_tokens is left out
 READ_BODY = {  # the body of `read` is not parsed by FastAPI: a document may be long
     "requestBody": {
-        "required": True,
+        "required": False,  # no body is an empty document
         "content": {
             "application/json": {"schema": ReadRequest.model_json_schema()},
             "text/plain": {"schema": {"type": "string"}},

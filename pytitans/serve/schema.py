@@ -2,7 +2,15 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictBool, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StrictBool,
+    model_validator,
+)
 
 MAX_CHOICES = 8
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
@@ -16,11 +24,19 @@ def encodable(text: str) -> str:
     return text
 
 
+def number(value: Any) -> Any:
+    """1.0 is an integer in JSON; "1" and true are none."""
+    if isinstance(value, (str, bool)):
+        raise ValueError("Input should be a number")
+    return value
+
+
 Text = Annotated[str, AfterValidator(encodable)]
 Title = Annotated[str, Field(max_length=200), AfterValidator(encodable)]
 Name = Annotated[str, Field(pattern=NAME, description="letters, digits, `.`, `_` and `-`")]
-Count = Annotated[int, Field(ge=1, lt=2**31, strict=True)]
-TokenId = Annotated[int, Field(ge=0, lt=2**31, strict=True)]
+Whole = Annotated[int, BeforeValidator(number)]
+Count = Annotated[int, Field(ge=1), BeforeValidator(number)]
+TokenId = Annotated[int, Field(ge=0, strict=True)]  # checked without a call: there are many
 
 
 class Body(BaseModel):
@@ -54,7 +70,7 @@ class SamplingFields(Body):
     max_tokens: Count | None = None
     temperature: Annotated[float, Field(ge=0, le=2, strict=True)] | None = None
     top_p: Annotated[float, Field(ge=0, le=1, strict=True)] | None = None
-    seed: Annotated[int, Field(ge=-(2**63), lt=2**63, strict=True)] | None = None
+    seed: Whole | None = None
     stop: Text | Annotated[list[Text], Field(max_length=4)] | None = None
 
     @property
@@ -65,7 +81,7 @@ class SamplingFields(Body):
 
 class CompletionFields(SamplingFields):
     model: Text
-    n: Annotated[int, Field(ge=1, le=MAX_CHOICES, strict=True)] | None = None
+    n: Annotated[int, Field(ge=1, le=MAX_CHOICES), BeforeValidator(number)] | None = None
     stream: StrictBool | None = None
     stream_options: StreamOptions | None = None
     session: Text | None = Field(None, description="id of a memory session to answer from")

@@ -9,6 +9,7 @@ import httpx
 import openai
 import pytest
 from local_server import MODEL
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from pytitans.cli import main
 from pytitans.serve.settings import ServeSettings, is_loopback, read_clients
@@ -209,6 +210,30 @@ def test_a_file_of_tokens(tmp_path, monkeypatch):
         read_clients(ServeSettings(tokens=str(path)))
     monkeypatch.setenv("TITANS_TOKEN", BERT)
     assert read_clients(ServeSettings(host="0.0.0.0")).named(BERT) == "local"
+
+
+def test_the_page_says_what_this_server_takes(serve):
+    http = serve(max_new_tokens=7).http()
+    schema = http.get("/openapi.json").json()
+    fields = schema["components"]["schemas"]["CompletionRequest"]["properties"]
+    assert fields["model"]["enum"] == [MODEL]
+    assert fields["max_tokens"]["anyOf"][0]["maximum"] == 7
+    responses = schema["paths"]["/v1/completions"]["post"]["responses"]
+    assert {"200", "400", "401", "404", "408", "413", "429"} < set(responses)
+    assert "422" not in responses
+    wrong = http.put("/v1/sessions")
+    assert (wrong.status_code, wrong.headers["allow"]) == (405, "GET, POST")
+
+
+def test_other_models_are_refused(tmp_path, capsys, tokenizer, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shape = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
+    config = LlamaConfig(vocab_size=258, num_attention_heads=1, **shape)
+    LlamaForCausalLM(config).save_pretrained("llama")
+    tokenizer.save_pretrained("llama")
+    capsys.readouterr()
+    assert main(["serve", "--model", "llama", "--port", "0"]) == 2
+    assert "'llama' is a llama model, without a memory" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -207,6 +207,8 @@ def test_a_client_that_goes_ends_its_work(server):
         ({"prompt": ["a", "b"], "n": 5}, "at most 8 answers"),
         ({"max_tokens": 0}, "max_tokens"),
         ({"max_tokens": 4097}, "max_tokens is at most 4096"),
+        ({"max_tokens": True}, "max_tokens: Input should be a number"),
+        ({"max_tokens": "1"}, "max_tokens: Input should be a number"),
         ({"temperature": -1}, "temperature"),
         ({"temperature": float("nan")}, "temperature"),
         ({"logprobs": 3}, "logprobs is not supported"),
@@ -226,5 +228,5 @@ def test_what_is_wrong_is_said(server, fields, message):
 
 
 def test_fields_without_effect_are_taken(server):
-    body = {"model": MODEL, "prompt": "x", "max_tokens": 1, "user": "me", "presence_penalty": 0}
+    body = {"model": MODEL, "prompt": "x", "max_tokens": 1.0, "user": "me", "presence_penalty": 0}
     assert server.http().post("/v1/completions", json=body).status_code == 200
