@@ -221,6 +221,7 @@ void Head<T, E>::again(int64_t begin, int64_t here, int64_t head) {
   at[0] = (const T*)a.kept + (begin / a.group * a.B * a.H + head) * state;
   for (int64_t i = 0; i < here; i++) {
     Span s = span_of(a, begin + i);
+    fetch({a.k}, n[0], s), fetch({a.v}, n[L], s);
     for (int l = 0; l < L; l++) {
       const T* first = a.A0[0] && begin + i == 0 ? of_head(a.A0, l, head) : at[i] + start[l];
       pack_weight(first, l, writes[i].A[l], true, true);
@@ -245,8 +246,7 @@ void Head<T, E>::chunk_back(Span s, int64_t i, bool opened, T* const* g_M, T* co
                             T* const* into, int64_t head) {
   int64_t V = n[L];
   live = s.width;
-  load(a.q, n[0], s, x[0].data), load(a.k, n[0], s, k.data), load(a.v, V, s, v);
-  pack_tokens(x[0], n[0], true, true), pack_tokens(k, n[0], true, true);
+  fetch({a.q, a.k}, n[0], s), fetch({a.v, a.g_out}, V, s);
   for (int set = 0; set < sets; set++) {
     std::fill(dGT[set], dGT[set] + C * C, T(0));
     std::fill(d_beta[set], d_beta[set] + C, 0.0);
@@ -262,6 +262,8 @@ void Head<T, E>::chunk_back(Span s, int64_t i, bool opened, T* const* g_M, T* co
     M[l] = opened ? W[l] : w.A[l];
     if (a.momentum) pack_weight(W_l + P, l, S[l], true, true);
   }
+  load(a.q, n[0], s, x[0].data), load(a.k, n[0], s, k.data), load(a.v, V, s, v);
+  pack_tokens(x[0], n[0], true, true), pack_tokens(k, n[0], true, true);
   for (int l = 0; l < L; l++) {
     T* y = l + 1 < L ? x[l + 1].data : answer;
     if (l + 1 < L || a.normed)

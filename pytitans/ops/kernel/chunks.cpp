@@ -26,10 +26,12 @@ struct FlushToZero {  // on this thread, for as long as it lives: decayed weight
 
 template <class T, class E>
 bool all_heads(const Args& a, bool backward, int threads) {
-  size_t bytes = Head<T, E>(a, nullptr, backward).bytes() + 1024;  // a tile may read past a row's end
+  Head<T, E> layout(a, nullptr, backward);
+  size_t bytes = layout.bytes() + 1024;  // a tile may read past a row's end
   int64_t tokens = a.B * a.T * a.H * (std::is_same_v<E, Pair> ? 2 : sizeof(T));
   for (void* fresh : {a.g_q, a.g_k}) large_pages(fresh, tokens * a.width[0]);
   for (void* fresh : {a.out, a.g_v}) large_pages(fresh, tokens * a.width[a.L]);
+  if (!backward) large_pages(a.kept, layout.kept_bytes());
   std::atomic<int64_t> next{0};
   std::atomic<bool> done{true};
 #pragma omp parallel num_threads(threads)

@@ -6,6 +6,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "product.h"
+
 namespace {
 
 inline double exponential(double x) { return std::exp(x); }
@@ -68,13 +70,17 @@ void activate(bool gelu, int64_t n, const T* z, T* y, T* slope, T* curve) {
 
 template <class T>
 double dot(const T* a, const T* b, int64_t n) {
-  constexpr int lanes = 16;
-  T sums[lanes] = {};
+  using V = typename Vec<T>::type;
+  using U = typename Vec<T>::loose;
+  constexpr int lanes = Vec<T>::lanes;
+  V sums[4] = {};
   int64_t i = 0;
-  for (; i + lanes <= n; i += lanes)
-    for (int m = 0; m < lanes; m++) sums[m] += a[i + m] * b[i + m];
+  for (; i + 4 * lanes <= n; i += 4 * lanes)
+#pragma GCC unroll 4
+    for (int m = 0; m < 4; m++) sums[m] += *(const U*)(a + i + m * lanes) * *(const U*)(b + i + m * lanes);
+  V whole = (sums[0] + sums[1]) + (sums[2] + sums[3]);
   double total = 0;
-  for (int m = 0; m < lanes; m++) total += sums[m];
+  for (int m = 0; m < lanes; m++) total += whole[m];
   for (; i < n; i++) total += a[i] * b[i];
   return total;
 }

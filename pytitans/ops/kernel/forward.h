@@ -157,6 +157,7 @@ void Head<T, E>::forward(int64_t head) {
   Write<T, E>& w = writes[0];
   for (int64_t c = 0; c < count; c++) {
     Span s = span_of(a, c);
+    fetch({a.q, a.k}, n[0], s), fetch({a.v}, n[L], s);
     if (a.kept && c % a.group == 0) {
       T* kept = (T*)a.kept + (c / a.group * X + head) * state;
       for (int l = 0; l < L; l++) {

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstdlib>
+#include <initializer_list>
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
@@ -136,7 +137,7 @@ class Head {
     state = P * (a.momentum ? 2 : 1);
     C = padded(std::min(a.chunk, a.T));
     allocate(k, n[0]);
-    v = take(n[L] * C), text = take(std::max(n[0], n[L]) * C);
+    v = take(n[L] * C);
     for (int l = 0; l < L; l++) {
       allocate(x[l], n[l]);
       R[l] = take(C * C);
@@ -144,7 +145,7 @@ class Head {
     }
     answer = take(n[L] * C);
     allocate(score, C), allocate(square, C);
-    left_scratch = take_items(wide, C), right_scratch = take_items(C, padded(wide));
+    left_scratch = take_items(wide, C), right_scratch = take_items(C, padded(std::max(wide, C)));
     narrow_scratch = take(wide * C), turned = take(C * C);
     lanes = take(4 * C);
     unit = take(n[L] * C), error = take(n[L] * C);
@@ -173,6 +174,9 @@ class Head {
     Dr = layout.take<double>(C), Ds = layout.take<double>(C);
   }
   size_t bytes() const { return layout.used; }
+  size_t kept_bytes() const {
+    return (chunk_count(a) + a.group - 1) / a.group * a.B * a.H * state * sizeof(T);
+  }
 
   void forward(int64_t head);
   void backward(int64_t head);
@@ -186,7 +190,7 @@ class Head {
   int64_t row, column;  // of the head: b and h
   int64_t live;         // tokens of the chunk at hand: sums over tokens stop there
   Matrix k, x[MAX_LAYERS], score, square, gz[MAX_LAYERS], g_one, g_above, g_below;
-  T *v, *text, *R[MAX_LAYERS], *answer, *narrow_scratch, *turned, *lanes, *unit, *error;
+  T *v, *R[MAX_LAYERS], *answer, *narrow_scratch, *turned, *lanes, *unit, *error;
   T *g_two, *g_three, *g_residual;
   E *left_scratch, *right_scratch;
   Weight<E> W[MAX_LAYERS], S[MAX_LAYERS], low_M, low_S;
@@ -251,23 +255,23 @@ class Head {
 
   // [tokens][features] of [B, T, H, features] <-> feature-major.
   void load(const void* from, int64_t features, Span s, T* into) const {
-    const Text* src = (const Text*)from + ((row * a.T + s.begin) * a.H + column) * features;
-    if constexpr (low) {
-      for (int64_t t = 0; t < s.width; t++) widen(src + t * a.H * features, features, text + t * features);
-      turn(text, features, s.width, features, into, C);
-    } else {
-      turn(src, a.H * features, s.width, features, into, C);
-    }
+    turn(of_span((void*)from, features, s), a.H * features, s.width, features, into, C);
     for (int64_t f = 0; s.width < C && f < features; f++)
       std::fill(into + f * C + s.width, into + (f + 1) * C, T(0));
   }
   void store(const T* from, int64_t features, Span s, void* into) const {
-    Text* dst = (Text*)into + ((row * a.T + s.begin) * a.H + column) * features;
-    if constexpr (low) {
-      turn(from, C, features, s.width, text, features);
-      for (int64_t t = 0; t < s.width; t++) narrow(text + t * features, features, dst + t * a.H * features);
-    } else {
-      turn(from, C, features, s.width, dst, a.H * features);
+    turn(from, C, features, s.width, of_span(into, features, s), a.H * features);
+  }
+  Text* of_span(void* text, int64_t features, Span s) const {
+    return (Text*)text + ((row * a.T + s.begin) * a.H + column) * features;
+  }
+  // Asks for a chunk's tokens ahead of `load` or `store`: they lie apart, and memory is slow to find.
+  void fetch(std::initializer_list<const void*> texts, int64_t features, Span s) const {
+    for (const void* text : texts) {
+      const char* tokens = (const char*)of_span((void*)text, features, s);
+      int64_t bytes = features * sizeof(Text);
+      for (int64_t t = 0; t < s.width; t++)
+        for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(tokens + t * a.H * bytes + b);
     }
   }
 

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstring>
 #include <type_traits>
 #if defined(__AVX512F__)
 #include <immintrin.h>
@@ -217,20 +218,51 @@ void multiply(const Product<T, E>& p) {
   multiply(p, p.M, 0, p.N, 0, p.K);
 }
 
-template <class T>
-T times(T x, const T* factor, int64_t at) {
-  if constexpr (std::is_arithmetic_v<T>) return factor ? x * factor[at] : x;
-  return x;
+// ---- transposes ---------------------------------------------------------------------------------
+
+// A text's bfloat16, as its bits, and the kernel's float.
+template <class To, class From>
+To number(From x) {
+  if constexpr (std::is_same_v<From, uint16_t>) {
+    uint32_t bits = (uint32_t)x << 16;
+    float wide;
+    std::memcpy(&wide, &bits, 4);
+    return wide;
+  } else if constexpr (std::is_same_v<To, uint16_t>) {  // to the nearest, ties to even
+    uint32_t bits;
+    std::memcpy(&bits, &x, 4);
+    return x != x ? 0x7fc0 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+  } else {
+    return x;
+  }
 }
 
+#if defined(__AVX512F__)
+template <class From>
+inline __m512 numbers(const From* x, __mmask16 some) {
+#if defined(__AVX512BF16__)
+  if constexpr (sizeof(From) == 2)
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(some, x)), 16));
+#endif
+  return _mm512_maskz_loadu_ps(some, x);
+}
+template <class To>
+inline void put_numbers(To* to, __m512 x) {
+#if defined(__AVX512BF16__)
+  if constexpr (sizeof(To) == 2) return _mm256_storeu_si256((__m256i*)to, (__m256i)_mm512_cvtneps_pbh(x));
+#endif
+  _mm512_storeu_ps(to, x);
+}
+#endif
+
 // dst[c][r] = src[r][c] * factor[c]: turned in blocks that stay in the first cache.
-template <class T>
-void turn(const T* src, int64_t lds, int64_t rows, int64_t cols, T* dst, int64_t ldd,
-          const T* factor = nullptr) {
+template <class From, class To>
+void turn(const From* src, int64_t lds, int64_t rows, int64_t cols, To* dst, int64_t ldd,
+          const To* factor = nullptr) {
   constexpr int64_t block = 16;
   int64_t r = 0;
 #if defined(__AVX512F__)
-  if constexpr (sizeof(T) == 4)
+  if constexpr (sizeof(From) <= 4 && sizeof(To) <= 4)
     for (; r + block <= rows; r += block) {
       int64_t c = 0;
       for (; c < cols; c += block) {
@@ -238,8 +270,8 @@ void turn(const T* src, int64_t lds, int64_t rows, int64_t cols, T* dst, int64_t
         int here = std::min(block, cols - c);
         __mmask16 some = (1 << here) - 1;
 #pragma GCC unroll 16
-        for (int i = 0; i < 16; i++) a[i] = _mm512_maskz_loadu_ps(some, src + (r + i) * lds + c);
-        if (std::is_same_v<T, float> && factor) {
+        for (int i = 0; i < 16; i++) a[i] = numbers(src + (r + i) * lds + c, some);
+        if (factor) {
           __m512 f = _mm512_maskz_loadu_ps(some, factor + c);
 #pragma GCC unroll 16
           for (int i = 0; i < 16; i++) a[i] = _mm512_mul_ps(a[i], f);
@@ -269,14 +301,18 @@ void turn(const T* src, int64_t lds, int64_t rows, int64_t cols, T* dst, int64_t
           b[12 + i] = _mm512_shuffle_f32x4(q, t, 0xdd);
         }
 #pragma GCC unroll 16
-        for (int i = 0; i < 16 && i < here; i++) _mm512_storeu_ps(dst + (c + i) * ldd + r, b[i]);
+        for (int i = 0; i < 16 && i < here; i++) put_numbers(dst + (c + i) * ldd + r, b[i]);
       }
     }
 #endif
   for (; r < rows; r += block)
     for (int64_t c = 0; c < cols; c++)
-      for (int64_t i = r; i < std::min(rows, r + block); i++)
-        dst[c * ldd + i] = times(src[i * lds + c], factor, c);
+      for (int64_t i = r; i < std::min(rows, r + block); i++) {
+        To x = number<To>(src[i * lds + c]);
+        if constexpr (std::is_floating_point_v<To>)
+          if (factor) x *= factor[c];
+        dst[c * ldd + i] = x;
+      }
 }
 
 }  // namespace
