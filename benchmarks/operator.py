@@ -5,16 +5,20 @@
     python benchmarks/operator.py --tokens 1024 --batch 8 --head-dim 32 --hidden 64 --chunk 16
     python benchmarks/operator.py --dtype bfloat16 --json runs/operator.json
 
-Correctness comes first: unless values and gradients equal the definition's, nothing is reported.
-Contestants take turns, round by round, in one process; the table holds medians. Peak memory is each
-contestant's own, in a process of its own. "bare matmuls" runs the products of one forward and one
-analytic backward, without recomputation, as torch.bmm on ready operands: what the step would cost
-if everything but its matrix products were free. titans-pytorch joins if it can be imported.
+Correctness comes first: unless values and gradients equal the definition's in float64, and come as
+near to it as the measured dtypes can, nothing is reported. Contestants take turns, round by round,
+in one process; the table holds medians. Each runs in float32 and in bfloat16: pytitans on a text in
+bfloat16, modules (titans-pytorch's and our layer) under autocast, products on operands in bfloat16.
+Peak memory is each contestant's own, in a process of its own. "bare matmuls" runs the products of
+one forward and one analytic backward, without recomputation, as torch.bmm on ready operands: what
+the step would cost if everything but its matrix products were free. titans-pytorch joins if it can
+be imported.
 """
 
 import sys
 
-sys.path.pop(0)  # this folder: the file's name would hide the standard library's `operator`
+if __name__ == "__main__":
+    sys.path.pop(0)  # this folder: the file's name would hide the standard library's `operator`
 
 import argparse
 import json
@@ -37,10 +41,12 @@ from pytitans.ops.naive import naive_memory
 
 SHORT = 128  # tokens for titans-pytorch's exact setting, whose memory grows with every token
 LONG = 2**20  # tokens of the flat-memory check
+DTYPES = {"both": ["float32", "bfloat16"], "float32": ["float32"], "bfloat16": ["bfloat16"]}
+NEAR = {"float32": 1e-4, "bfloat16": 2e-2}  # to the definition in float64, by norms
 
 
-def main() -> None:
-    args = arguments()
+def main(argv: list[str] | None = None) -> None:
+    args = arguments(argv)
     torch.manual_seed(0)
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -49,7 +55,7 @@ def main() -> None:
         return
     if wrong := differences(args):
         sys.exit(f"not measured: the operator differs from its definition: {wrong}")
-    rows = measure(args, contestants(args))
+    rows = compare(measure(args, contestants(args)))
     for name, row in rows.items():
         row["memory_mb"] = memory_of(name)
     shape = {k: v for k, v in vars(args).items() if k not in ("json", "only")}
@@ -62,12 +68,12 @@ def main() -> None:
         args.json.write_text(json.dumps(report, indent=2, default=str) + "\n")
 
 
-def arguments() -> argparse.Namespace:
+def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     p = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     p.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
-    p.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="of q, k, v")
+    p.add_argument("--dtype", default="both", choices=DTYPES, help="default: %(default)s")
     p.add_argument("--quick", action="store_true", help="512 tokens, 3 rounds, no long text")
     p.add_argument("--json", type=Path, metavar="PATH", help="also write the table as JSON")
     p.add_argument("--batch", type=int, default=2)
@@ -82,7 +88,7 @@ def arguments() -> argparse.Namespace:
     p.add_argument("--no-peers", action="store_true", help="only pytitans and its matmuls")
     p.add_argument("--no-long", action="store_true", help="skip the text of 2^20 tokens")
     p.add_argument("--only", help=argparse.SUPPRESS)
-    args = p.parse_args()
+    args = p.parse_args(argv)
     if args.quick:
         args.tokens, args.rounds = min(args.tokens, 512), 3
     return args
@@ -128,22 +134,30 @@ def make_inputs(args, tokens: int, dtype, wide=torch.float32):
 
 def differences(args) -> str:
     """Where the operator departs from its definition at the measured widths; empty if nowhere."""
-    tokens = 2 * min(args.chunk, 32) + 1
-    small = argparse.Namespace(**vars(args) | {"batch": 1, "chunk": min(args.chunk, 32)})
-    inputs, M = make_inputs(small, tokens, torch.float64, torch.float64)
+    chunk_size = min(args.chunk, 32)
+    small = argparse.Namespace(**vars(args) | {"batch": 1, "chunk": chunk_size})
+    names = ["retrieved", *("M" for _ in range(args.depth)), *("S" for _ in range(args.depth))]
+    names += [*"qkv", "lr", "momentum", "decay", *("gradient of M" for _ in range(args.depth))]
     found = []
-    for op in (naive_memory, neural_memory):
-        out, state = op(*inputs, initial_state(M), chunk_size=small.chunk)
-        results = [out, *state.M, *state.S]
-        sums = [torch.ones_like(x) for x in results]
-        found.append([*results, *torch.autograd.grad(results, [*inputs, *M], sums)])
-    apart = [
-        (a - b).abs().max().item() / b.abs().max().clamp_min(1e-300).item()
-        for b, a in zip(*found, strict=True)
-    ]
-    names = ["retrieved", *("M" for _ in M), *("S" for _ in M), *"qkv", "lr", "momentum", "decay"]
-    names += ["gradient of M" for _ in M]
-    return ", ".join(f"{n} by {x:.1e}" for n, x in zip(names, apart, strict=True) if not x < 1e-9)
+    for dtype in ("float64", *DTYPES[args.dtype]):
+        low = getattr(torch, dtype)
+        wide = torch.float64 if dtype == "float64" else torch.float32
+        inputs, M = make_inputs(small, 2 * chunk_size + 1, low, wide)
+        exact = [[x.detach().double().requires_grad_() for x in part] for part in (inputs, M)]
+        want = values_and_gradients(naive_memory, *exact, chunk_size)
+        got = values_and_gradients(neural_memory, inputs, M, chunk_size)
+        for name, a, b in zip(names, got, want, strict=True):
+            apart = ((a.double() - b).norm() / b.norm().clamp_min(1e-300)).item()
+            if not apart < NEAR.get(dtype, 1e-9):
+                found.append(f"{name} in {dtype} by {apart:.1e}")
+    return ", ".join(found)
+
+
+def values_and_gradients(op, inputs, M, chunk_size: int) -> list[torch.Tensor]:
+    out, state = op(*inputs, initial_state(tuple(M)), chunk_size=chunk_size)
+    results = [out, *state.M, *state.S]
+    sums = [torch.ones_like(x) for x in results]
+    return [*results, *torch.autograd.grad(results, [*inputs, *M], sums)]
 
 
 # Contestants: (tokens of a step, step(backward))
@@ -151,8 +165,8 @@ def differences(args) -> str:
 Contestant = tuple[int, Callable[[bool], None]]
 
 
-def operator(args, fused: bool) -> Contestant:
-    inputs, M = make_inputs(args, args.tokens, getattr(torch, args.dtype))
+def operator(args, dtype: str, fused: bool) -> Contestant:
+    inputs, M = make_inputs(args, args.tokens, getattr(torch, dtype))
     weights = torch.randn_like(inputs[2])
 
     def step(backward: bool) -> None:
@@ -170,7 +184,7 @@ def operator(args, fused: bool) -> Contestant:
     return args.batch * args.tokens, step
 
 
-def layer(args) -> Contestant:
+def layer(args, dtype: str) -> Contestant:
     from pytitans.memory import NeuralMemory
 
     expansion = args.hidden / args.head_dim
@@ -178,10 +192,10 @@ def layer(args) -> Contestant:
         args.heads * args.head_dim, args.heads, depth=args.depth, expansion=expansion,
         chunk_size=args.chunk,
     )  # fmt: skip
-    return module(args, memory, args.tokens)
+    return module(args, dtype, memory, args.tokens)
 
 
-def titans_pytorch(args, tokens: int, **options) -> Contestant:
+def titans_pytorch(args, dtype: str, tokens: int, **options) -> Contestant:
     from titans_pytorch import MemoryMLP, NeuralMemory
 
     mlp = MemoryMLP(args.head_dim, depth=args.depth, expansion_factor=args.hidden / args.head_dim)
@@ -189,17 +203,17 @@ def titans_pytorch(args, tokens: int, **options) -> Contestant:
         dim=args.heads * args.head_dim, dim_head=args.head_dim, heads=args.heads, model=mlp,
         **options,
     )  # fmt: skip
-    return module(args, memory, tokens)
+    return module(args, dtype, memory, tokens)
 
 
-def module(args, memory, tokens: int) -> Contestant:
+def module(args, dtype: str, memory, tokens: int) -> Contestant:
     memory = memory.to(args.device)
     x = torch.randn(args.batch, tokens, args.heads * args.head_dim, device=args.device)
     x.requires_grad_()
     learned = [p for p in memory.parameters() if p.requires_grad]
 
     def step(backward: bool) -> None:
-        low = args.dtype == "bfloat16"
+        low = dtype == "bfloat16"
         with (
             torch.set_grad_enabled(backward),
             torch.autocast(args.device, torch.bfloat16, enabled=low),
@@ -225,12 +239,12 @@ def products(args) -> tuple[list, list]:
     return forward, backward
 
 
-def bare_matmuls(args) -> Contestant:
-    heads, dtype = args.batch * args.heads, getattr(torch, args.dtype)
+def bare_matmuls(args, dtype: str) -> Contestant:
+    heads = args.batch * args.heads
     forward, backward = (
         [
             tuple(
-                torch.randn(heads, *size, device=args.device, dtype=dtype)
+                torch.randn(heads, *size, device=args.device, dtype=getattr(torch, dtype))
                 for size in ((m, k), (k, n), (m, n))
             )
             for m, k, n in sizes
@@ -249,25 +263,29 @@ def bare_matmuls(args) -> Contestant:
 
 
 def contestants(args) -> dict[str, Callable[[], Contestant]]:
-    found = {
-        "bare matmuls": lambda: bare_matmuls(args),
-        "pytitans": lambda: operator(args, fused=True),
-        "pytitans, plain torch": lambda: operator(args, fused=False),
-        "pytitans layer": lambda: layer(args),
+    """By name and dtype: "pytitans, bfloat16"."""
+    C, exact = args.chunk, {"chunk_size": 1, "batch_size": min(args.chunk, SHORT)}
+    kinds = {
+        "bare matmuls": lambda dtype: bare_matmuls(args, dtype),
+        "pytitans": lambda dtype: operator(args, dtype, fused=True),
+        "pytitans plain torch": lambda dtype: operator(args, dtype, fused=False),
+        "pytitans layer": lambda dtype: layer(args, dtype),
+        "titans-pytorch default": lambda dtype: titans_pytorch(
+            args, dtype, args.tokens, chunk_size=C
+        ),
+        "titans-pytorch mini-batch": lambda dtype: titans_pytorch(
+            args, dtype, args.tokens, chunk_size=C, batch_size=C
+        ),
+        "titans-pytorch exact": lambda dtype: titans_pytorch(args, dtype, SHORT, **exact),
     }
     if chunk_fused.kernel() is None or args.device != "cpu":
-        del found["pytitans, plain torch"]  # it is what "pytitans" ran
+        del kinds["pytitans plain torch"]  # it is what "pytitans" ran
     if args.no_peers or find_spec("titans_pytorch") is None:
-        return found
-    C = args.chunk
-    return found | {
-        "titans-pytorch, default": lambda: titans_pytorch(args, args.tokens, chunk_size=C),
-        "titans-pytorch, mini-batch": lambda: titans_pytorch(
-            args, args.tokens, chunk_size=C, batch_size=C
-        ),
-        f"titans-pytorch, exact ({SHORT} tokens)": lambda: titans_pytorch(
-            args, SHORT, chunk_size=1, batch_size=min(C, SHORT)
-        ),
+        kinds = {name: make for name, make in kinds.items() if "titans-pytorch" not in name}
+    return {
+        f"{name}, {dtype}": lambda make=make, dtype=dtype: make(dtype)
+        for name, make in kinds.items()
+        for dtype in DTYPES[args.dtype]
     }
 
 
@@ -299,6 +317,17 @@ def measure(args, makers) -> dict[str, dict]:
             "step_tokens_per_s": tokens / both,
             "step_spread": [min(times[name, True][1:]), max(times[name, True][1:])],
         }
+    return rows
+
+
+def compare(rows: dict[str, dict]) -> dict[str, dict]:
+    """Adds to each row its time over its dtype's bare products, and over that of pytitans."""
+    for name, row in rows.items():
+        dtype = name.rsplit(", ", 1)[1]
+        for part in ("forward", "step"):
+            rate = row[f"{part}_tokens_per_s"]
+            for other, into in (("bare matmuls", "over_bare"), ("pytitans", "over_pytitans")):
+                row[f"{part}_{into}"] = rows[f"{other}, {dtype}"][f"{part}_tokens_per_s"] / rate
     return rows
 
 
@@ -336,7 +365,7 @@ def resident_mb(field: str) -> float:
 def long_text(args) -> dict:
     """One row read in pieces: tokens/s, and the memory in use after an eighth and after all."""
     args.batch, piece, used = 1, 2**14, []
-    inputs, M = make_inputs(args, piece, getattr(torch, args.dtype))
+    inputs, M = make_inputs(args, piece, getattr(torch, DTYPES[args.dtype][-1]))
     state, begin = initial_state(tuple(W.detach() for W in M)), time.perf_counter()
     inputs = [x.detach() for x in inputs]
     for _ in range(LONG // piece):
@@ -353,31 +382,54 @@ def long_text(args) -> dict:
 
 def show(report: dict) -> None:
     shape, rows, about = report["shape"], report["rows"], report["machine"]
-    bare, ours = rows["bare matmuls"], rows["pytitans"]
     table = Table(
         title="batch {batch}, {tokens} tokens, {heads} heads of {head_dim}, hidden {hidden}, "
-        "depth {depth}, chunk {chunk}, {dtype}".format(**shape),
+        "depth {depth}, chunk {chunk}".format(**shape),
         caption=f"{about['gpu'] or about['cpu']}, {about['threads']} threads, "
-        f"torch {about['torch']}, load {about['load']}",
+        f"torch {about['torch']}, load {about['load']}; ratios within a dtype, "
+        f"forward | forward and backward; exact: {SHORT} tokens",
     )
-    heads = ["", "forward tok/s", "fwd+bwd tok/s", "time / bare matmuls", "pytitans is", "peak MB"]
+    heads = ["", "forward tok/s", "fwd+bwd tok/s", "time / bare", "pytitans is", "peak MB"]
     for i, head in enumerate(heads):
         table.add_column(head, justify="right" if i else "left")
     for name, row in rows.items():
-        over_bare = bare["step_tokens_per_s"] / row["step_tokens_per_s"]
-        faster = ours["step_tokens_per_s"] / row["step_tokens_per_s"]
+        over = {
+            x: " | ".join(f"{row[f'{part}_over_{x}']:.2f}" for part in ("forward", "step"))
+            for x in ("bare", "pytitans")
+        }
         table.add_row(
             name, f"{row['forward_tokens_per_s']:,.0f}", f"{row['step_tokens_per_s']:,.0f}",
-            f"{over_bare:.2f}", f"{faster:.1f}x", f"{row['memory_mb']:,.0f}",
+            over["bare"], over["pytitans"] + "x", f"{row['memory_mb']:,.0f}",
         )  # fmt: skip
     console = Console(width=None if sys.stdout.isatty() else 120)
     console.print(table)
+    for line in best_against_best(rows):
+        console.print(line)
     if long := report.get("long"):
         console.print(
             f"{long['tokens']:,} tokens in pieces: {long['tokens_per_s']:,.0f} tok/s, "
             f"{long['memory_mb_after_an_eighth']:,.0f} MB in use after an eighth, "
             f"{long['memory_mb_at_the_end']:,.0f} MB at the end"
         )
+
+
+def best_against_best(rows: dict[str, dict]) -> list[str]:
+    """Each in its faster dtype: who has a choice takes it."""
+
+    def fastest(kind: str, part: str) -> tuple[float, str]:
+        same = [x for x in rows.items() if x[0].startswith(kind + ", ")]
+        return max((row[f"{part}_tokens_per_s"], name.rsplit(", ", 1)[1]) for name, row in same)
+
+    lines = []
+    for kind in dict.fromkeys(name.rsplit(", ", 1)[0] for name in rows):
+        if not kind.startswith("titans-pytorch"):
+            continue
+        ratios = []
+        for part, title in (("forward", "forward"), ("step", "forward and backward")):
+            (ours, a), (theirs, b) = fastest("pytitans", part), fastest(kind, part)
+            ratios.append(f"{title} {ours / theirs:.1f}x ({a} over {b})")
+        lines.append(f"best against best, {kind}: " + "; ".join(ratios))
+    return lines
 
 
 if __name__ == "__main__":
