@@ -32,8 +32,9 @@ Where this differs from RULER:
 - The answer is read, not written: several values come in the order in which the text tells (of
   queries: asks for) them, as "a, b, c, and d", each judged given the ones before it and the comma.
   RULER takes any order.
-- passkey has neither the original's introduction nor the repetition of the key, and its place is
-  between any two noise sentences: it fits in 200 bytes, to begin training with.
+- passkey has neither the original's introduction nor the repetition of the key, and its noise
+  begins, and its needle stands, anywhere, in mid-sentence too: it fits in 100 bytes, to begin
+  training with.
 """
 
 from collections.abc import Callable, Sequence
@@ -194,9 +195,7 @@ class Passkey(Task):
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, digits: int = 5):
         self.tokenizer, self.digits = tokenizer, digits
-        text = " " + "".join(NOISE)
-        starts = np.cumsum([0, 1 + len(NOISE[0]), *[len(part) for part in NOISE[1:-1]]])
-        self.noise, self.places = encode_with_places(tokenizer, text, starts)
+        self.noise = continuation(tokenizer, " " + "".join(NOISE))
 
     def draw(self, rng, index, length, depth) -> Example:
         check_depth(self, depth)
@@ -207,9 +206,10 @@ class Passkey(Task):
         start = start_of(self.tokenizer)
         room = length - sum(len(piece) for piece in (start, needle, question, answer))
         check_room(self.name, length, room)
-        hay = repeated(self.noise, self.places, room)
-        place = rng.uniform(0, 100) if depth is None else depth
-        pieces = [start, *insert(hay, [needle], [place]), question, answer]
+        shift = int(rng.integers(len(self.noise)))
+        noise = np.tile(self.noise, 1 + (shift + room) // len(self.noise))[shift : shift + room]
+        place = int(rng.integers(room + 1)) if depth is None else round(depth / 100 * room)
+        pieces = [start, noise[:place], needle, noise[place:], question, answer]
         return Example.of_pieces(pieces, [len(pieces) - 1])
 
 

@@ -1,0 +1,90 @@
+"""Recall is Zoology's task, state tracking a group's: checked against loops that say so."""
+
+from itertools import permutations
+
+import numpy as np
+import pytest
+
+from pytitans.data.tokenizer import byte_tokenizer
+from pytitans.evals import load_task
+from pytitans.evals.recall import Recall
+from pytitans.evals.state_tracking import GROUPS, StateTracking, prefix_products
+
+
+@pytest.mark.parametrize(
+    "length, pairs, vocabulary", [(64, 4, 8192), (48, 12, 100), (64, None, 32)]
+)
+def test_recall_by_its_definition(length, pairs, vocabulary):
+    task = Recall(vocabulary, pairs)
+    for index in range(5):
+        example = task.example(index, length=length)
+        count = pairs or length // 16
+        told = dict(
+            zip(example.ids[0 : 2 * count : 2], example.ids[1 : 2 * count : 2], strict=True)
+        )
+        assert len(told) == count == len(set(told.values()))
+        assert all(1 <= key < vocabulary // 2 <= value < vocabulary for key, value in told.items())
+        asked = {
+            int(example.ids[t]): int(v) for t, v in zip(example.at, example.expected, strict=True)
+        }
+        assert asked == told  # each key comes back, once
+        assert (example.at >= 2 * count).all() and (example.at % 2 == 0).all()
+        assert (np.diff(example.at) > 0).all() and len(example.ids) == length
+        assert list(example.answer) == list(range(count))
+
+
+def test_recalls_gaps_follow_the_power_law():
+    """Against numpy's own draw without replacement, as the original makes it."""
+    task, rng, space, count = Recall(64, 3), np.random.default_rng(0), 20, 3
+    p = np.arange(1, space + 1) ** (task.power - 1)
+    drawn = np.array([task.gaps(rng, space, count) for _ in range(4000)])
+    theirs = np.array([rng.choice(space, count, replace=False, p=p / p.sum()) for _ in range(4000)])
+    assert all(len(set(row)) == count for row in drawn)
+    for column in range(count):  # in the order of drawing
+        ours, other = (np.bincount(x[:, column], minlength=space) / 4000 for x in (drawn, theirs))
+        assert np.abs(ours - other).max() < 0.035
+
+
+def test_recall_refuses_what_does_not_fit():
+    with pytest.raises(ValueError, match="pairs=20"):
+        Recall(64, 20).example(0, length=64)
+
+
+@pytest.mark.parametrize("name", GROUPS)
+def test_groups_are_groups(name):
+    table, n = GROUPS[name](), len(GROUPS[name]())
+    assert (table[0] == np.arange(n)).all() and (table[:, 0] == np.arange(n)).all()
+    assert all(sorted(row) == list(range(n)) for row in table)
+    a, b, c = np.random.default_rng(0).integers(n, size=(3, 200))
+    assert (table[table[a, b], c] == table[a, table[b, c]]).all()
+    assert (name == "s5") == bool((table != table.T).any())
+
+
+def test_states_are_what_a_loop_comes_to():
+    ids = StateTracking("parity").example(0, length=77)
+    assert (ids.expected == np.cumsum(ids.ids) % 2).all()
+    ids = StateTracking("modular_addition").example(0, length=77)
+    assert (ids.expected == np.cumsum(ids.ids) % 5).all()
+    example, elements = StateTracking("s5").example(0, length=77), list(permutations(range(5)))
+    state = tuple(range(5))
+    for token, expected in zip(example.ids, example.expected, strict=True):
+        state = tuple(elements[token][i] for i in state)  # the latest is applied last
+        assert elements[expected] == state
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 8, 13])
+def test_prefix_products_of_any_length(length):
+    table = GROUPS["s5"]()
+    elements = np.random.default_rng(1).integers(120, size=length)
+    expected, state = [], 0
+    for element in elements:
+        state = table[element, state]
+        expected.append(state)
+    assert prefix_products(table, elements).tolist() == expected
+
+
+def test_tasks_load_by_name():
+    for name in ("recall", *GROUPS):
+        assert (
+            load_task(name, byte_tokenizer(), vocab_size=256).example(0, length=64).ids.max() < 256
+        )
