@@ -145,10 +145,9 @@ def read(
         take_up(reading, memory)
     blocks = after(reading.tokens, text_blocks(files, tokenizer))
     begun, saved, before = time.monotonic(), time.monotonic(), reading.tokens
-    bar = tqdm(
-        total=sum(os.path.getsize(x) for x in files if x != STDIN) or None,
-        unit="B", unit_scale=True, disable=None if progress else True,
-    )  # fmt: skip
+    size = sum(os.path.getsize(name) for name in files if name != STDIN)
+    shown = "{l_bar}{bar}| {elapsed}<{remaining}{postfix}" if size else "{elapsed}{postfix}"
+    bar = tqdm(total=size or None, bar_format=shown, disable=None if progress else True)
     try:
         with bar, interruptible(blocks) as blocks:
             for block in blocks:

@@ -38,14 +38,14 @@ def test_a_right_model_is_measured_and_a_wrong_one_is_not(streaming, variant):
 
 
 def test_the_command_reports(tmp_path):
-    options = ["--tokens=9000", "--early=5000", "--contexts", "16", "40", "--llama", "16"]
+    options = ["--tokens=5000", "--early=4000", "--contexts", "16", "40", "--llama", "16"]
     command = [sys.executable, SCRIPT, *TINY, *options, "--decode=4", "--json=a/b.json"]
     run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
-    assert "memory at 9,000 tokens against 5,000" in run.stdout
+    assert "memory at 5,000 tokens against 4,000" in run.stdout
     assert "decoding at 40 against 16" in run.stdout
     report = json.loads((tmp_path / "a" / "b.json").read_text())
-    assert report["read"]["tokens"] == 9000
+    assert report["read"]["tokens"] == 5000
     assert report["read"]["early_mb"] > 0
     assert [(r["context"], r["model"]) for r in report["decode"]] == [
         (16, "pytitans mac"),
