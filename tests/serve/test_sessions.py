@@ -255,9 +255,9 @@ def test_a_full_disk_refuses_and_loses_nothing(serve, direct):
     http = server.http()
     session = new(http)
     read(http, session, BOOK)
-    forks = []
-    while (answer := http.post(f"/v1/sessions/{session}/fork")).status_code == 201:
-        forks.append(answer.json()["id"])
+    answers = [http.post(f"/v1/sessions/{session}/fork") for _ in range(8)]
+    forks = [answer.json()["id"] for answer in answers if answer.status_code == 201]
+    answer = answers[-1]
     assert (answer.status_code, answer.json()["error"]["code"]) == (507, "storage_full")
     assert forks
     snapshot = http.post(f"/v1/sessions/{session}/save", json={"name": "one"})
