@@ -244,11 +244,12 @@ def plot_depths(task: str, row: str, results: Sequence[dict[str, Any]], path: Pa
         2.2 + 0.75 * len(lengths), 1.6 + 0.45 * len(depths),
         xlabel="tokens", ylabel="depth of the needle, %", title=f"{task}: {row}",
     )  # fmt: skip
-    image = axes.imshow(values, cmap="RdYlGn", vmin=0, vmax=100, aspect="auto")
+    image = axes.imshow(values, cmap="viridis", vmin=0, vmax=100, aspect="auto")
     for y, line in enumerate(values):
         for x, value in enumerate(line):
             if not math.isnan(value):
-                axes.text(x, y, f"{value:.0f}", ha="center", va="center", fontsize=8)
+                ink = "black" if value > 60 else "white"
+                axes.text(x, y, f"{value:.0f}", ha="center", va="center", fontsize=8, color=ink)
     axes.set_xticks(range(len(lengths)), [size(n) for n in lengths])
     axes.set_yticks(range(len(depths)), [f"{d:g}" for d in depths])
     axes.spines[:].set_visible(False)
@@ -259,7 +260,7 @@ def plot_depths(task: str, row: str, results: Sequence[dict[str, Any]], path: Pa
 
 def plot_positions(runs: Runs, path: Path) -> Path:
     """Bits per byte over position, each bin at its end."""
-    figure, axes = new_axes(7, 4.2, xlabel="tokens read", ylabel="bits per byte")
+    figure, axes = new_axes(7, 4.2, xlabel="tokens read", ylabel="bits per byte", title="positions")
     for colour, (row, results) in zip(cycle(COLOURS), runs.items(), strict=False):
         for number, result in enumerate(results):
             bins = by_position(result["cells"])
