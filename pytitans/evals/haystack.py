@@ -123,4 +123,5 @@ def continuation(tokenizer: PreTrainedTokenizerFast, text: str) -> np.ndarray:
 def start_of(tokenizer: PreTrainedTokenizerFast) -> np.ndarray:
     """The token that begins every text, if there is one."""
     bos = tokenizer.bos_token_id
-    return np.array([] if bos is None else [bos], dtype=np.uint32)
+    dtype = np.uint16 if len(tokenizer) <= 2**16 else np.uint32
+    return np.array([] if bos is None else [bos], dtype=dtype)

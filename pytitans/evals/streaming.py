@@ -10,11 +10,13 @@ import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
-from pytitans.evals.task import Example, collate
+from pytitans.evals.task import Example
 
 PIECE = 4096  # tokens that are read at once, of all rows together
 LOGITS = 2**22  # that are held at once
@@ -97,52 +99,59 @@ def score_examples(
     window: only the last so many tokens are read (None: all). advance: is told how many tokens have
     been dealt with, now and then. For a model in eval mode, under inference_mode.
     """
-    ids, targets = collate(examples)
-    asked = torch.zeros_like(targets, dtype=torch.bool)
-    for row, example in enumerate(examples):
-        asked[row, example.at] = True
-    columns = asked.any(0).nonzero()[:, 0]
-    dropped = max(0, ids.shape[1] - window) if window else 0
-    if dropped > int(columns[0]):
+    length = max(len(example.ids) for example in examples)
+    columns = np.unique(np.concatenate([example.at for example in examples]))
+    dropped = max(0, length - window) if window else 0
+    if dropped > columns[0]:
         raise ValueError(
             f"a window of {window} tokens leaves out questions: the first is token {columns[0]} of "
-            f"{ids.shape[1]}"
+            f"{length}"
         )
-    right = torch.zeros_like(asked)
-    nll = torch.zeros(ids.shape, dtype=torch.float32)
     size = max(1, piece // len(examples))
     most = max(1, LOGITS // (model.config.get_text_config().vocab_size * len(examples)))
     if len(columns) > most:
         size = min(size, most)
+    right = [np.zeros(len(example.at), dtype=bool) for example in examples]
+    nll = [np.zeros(len(example.at), dtype=np.float32) for example in examples]
     stream, end = Stream(model), int(columns[-1]) + 1
     advance(dropped * len(examples))
     for start in range(dropped, end, size):
-        part = ids[:, start : min(start + size, end)].to(model.device)
-        keep = asked[:, start : start + part.shape[1]].any(0).nonzero()[:, 0]
+        stop = min(start + size, end)
+        part = cut(examples, start, stop).to(model.device)
+        keep = columns[slice(*np.searchsorted(columns, (start, stop)))]
         if not len(keep):
             stream.skip(part)
         else:
-            logits = stream.read(part, keep.to(model.device)).float()
-            wanted = targets[:, start + keep]
-            right[:, start + keep] = logits.argmax(-1).cpu() == wanted
-            chosen = wanted.clamp(min=0).to(logits.device)[..., None]
-            log_p = logits.gather(2, chosen) - logits.logsumexp(-1, keepdim=True)
-            nll[:, start + keep] = -log_p[..., 0].cpu()
+            logits = stream.read(part, torch.from_numpy(keep - start).to(model.device)).float()
+            for row, example in enumerate(examples):
+                asked = slice(*np.searchsorted(example.at, (start, stop)))
+                place = torch.from_numpy(np.searchsorted(keep, example.at[asked]))
+                said = logits[row, place.to(logits.device)]
+                wanted = torch.from_numpy(example.expected[asked].astype(np.int64)).to(said.device)
+                right[row][asked] = (said.argmax(-1) == wanted).cpu().numpy()
+                nll[row][asked] = cross_entropy(said, wanted, reduction="none").cpu().numpy()
         advance(part.numel())
-    advance((ids.shape[1] - end) * len(examples))
-    return [score(example, right[i], nll[i]) for i, example in enumerate(examples)]
+    advance((length - end) * len(examples))
+    return [score(*row) for row in zip(examples, right, nll, strict=True)]
 
 
-def score(example: Example, right: Tensor, nll: Tensor) -> Score:
-    """right, nll [T]: whether the likeliest token is the expected one, and its nats."""
-    at = torch.from_numpy(example.at)
-    answers = torch.ones(example.answers, dtype=torch.bool)
-    number = torch.from_numpy(example.answer)
-    wrong = number[~right[at]]
-    answers[wrong] = False
+def cut(examples: list[Example], start: int, stop: int) -> Tensor:
+    """Tokens start to stop of each, 0 after an end: [B, stop - start]. No more of a text is ever a
+    tensor, so that millions of tokens cost as many bytes as their ids."""
+    ids = np.zeros((len(examples), stop - start), dtype=np.int64)
+    for row, example in enumerate(examples):
+        part = example.ids[start:stop]
+        ids[row, : len(part)] = part
+    return torch.from_numpy(ids)
+
+
+def score(example: Example, right: np.ndarray, nll: np.ndarray) -> Score:
+    """right, nll [N]: of each question, whether the likeliest token is expected, and its nats."""
+    answers = np.ones(example.answers, dtype=bool)
+    answers[example.answer[~right]] = False
     return Score(
-        accuracy=float(answers.float().mean()),
+        accuracy=float(answers.mean()),
         exact=float(answers.all()),
         last=float(answers[-1]),
-        nll=float(nll[at].mean(dtype=torch.float64)),
+        nll=float(nll.mean(dtype=np.float64)),
     )
