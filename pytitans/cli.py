@@ -44,13 +44,13 @@ titans: neural memory that learns at test time
 A first run, without any file or download (minutes on two cores):
 
   titans train
-  titans eval --model runs/mac
-  titans generate --model runs/mac --prompt "def mean(values):"
+  titans eval --model runs/mal
+  titans generate --model runs/mal --prompt "def mean(values):"
 
 A memory of a book, and a continuation in another process:
 
-  titans read --model runs/mac book.txt.xz --memory book.safetensors
-  titans generate --model runs/mac --memory book.safetensors
+  titans read --model runs/mal book.txt.xz --memory book.safetensors
+  titans generate --model runs/mal --memory book.safetensors
 
 Your own text, another architecture, and a Transformer of equal size to compare with:
 

@@ -26,17 +26,17 @@ examples:
   titans train --preset 170m --data.tokenizer gpt2 --train.per_device_train_batch_size 4
   titans train --config run.yaml --train.seed 1  a file, then overrides
   titans train --print_config > run.yaml         the file of a run
-  titans train --resume runs/mac                 go on from the last checkpoint
+  titans train --resume runs/mal                 go on from the last checkpoint
   torchrun --nproc-per-node 2 -m pytitans.cli train
 
 --help-all shows every option of the model and of Hugging Face's TrainingArguments.""",
     "eval": """\
 examples:
-  titans eval --model runs/mac                            the validation text it was trained beside
-  titans eval --model runs/mac --split test --output test.json
-  titans eval --model runs/mac --data book.txt --split all --data.sequence_length 4096
+  titans eval --model runs/mal                            the validation text it was trained beside
+  titans eval --model runs/mal --split test --output test.json
+  titans eval --model runs/mal --data book.txt --split all --data.sequence_length 4096
   titans eval --model gpt2 --data book.txt --split all    any Hugging Face causal model
-  titans eval --task niah_single_1 --model runs/mac       does it remember? --task NAME --help""",
+  titans eval --task niah_single_1 --model runs/mal       does it remember? --task NAME --help""",
     "eval --task NAME": """\
 tasks (docs/evaluation.md):
   passkey, niah_single_1 to 3, niah_multikey_1 to 3, niah_multivalue, niah_multiquery
@@ -45,11 +45,11 @@ tasks (docs/evaluation.md):
   lm_eval:NAME,NAME: of the lm-evaluation-harness, from its hub or --local files
 
 examples:
-  titans eval --task niah_single_1 --model runs/mac --lengths 2K 64K 2M --output niah.json
-  titans eval --task niah_single_2 --model runs/mac --data "books/*.txt.xz" --depths 10 50 90
-  titans eval --task babilong_qa1 --model runs/mac --babi tasks_1-20_v1-2.zip --data "books/*.xz"
-  titans eval --task positions --model runs/mac --data gibbon.txt.xz --output positions.json
-  titans eval --task lm_eval:piqa,wikitext --model runs/mac --local commonsense/
+  titans eval --task niah_single_1 --model runs/mal --lengths 2K 64K 2M --output niah.json
+  titans eval --task niah_single_2 --model runs/mal --data "books/*.txt.xz" --depths 10 50 90
+  titans eval --task babilong_qa1 --model runs/mal --babi tasks_1-20_v1-2.zip --data "books/*.xz"
+  titans eval --task positions --model runs/mal --data gibbon.txt.xz --output positions.json
+  titans eval --task lm_eval:piqa,wikitext --model runs/mal --local commonsense/
   titans report niah.json positions.json --output report""",
     "report": """\
 examples:
@@ -59,29 +59,29 @@ Files of one model, and of models that differ in their seed alone (mal-seed0, ma
 row.""",
     "read": """\
 examples:
-  titans read --model runs/mac book.txt.xz --memory book.safetensors
-  titans read --model runs/mac more.txt --memory both.safetensors --memory-from book.safetensors
-  cat *.py | titans read --model runs/mac - --memory code.safetensors
-  titans read --model runs/mac *.txt --memory all.safetensors --resume   after Ctrl-C or a crash
+  titans read --model runs/mal book.txt.xz --memory book.safetensors
+  titans read --model runs/mal more.txt --memory both.safetensors --memory-from book.safetensors
+  cat *.py | titans read --model runs/mal - --memory code.safetensors
+  titans read --model runs/mal *.txt --memory all.safetensors --resume   after Ctrl-C or a crash
 
 A memory is of constant size whatever it has read, and fits the model that read it alone.""",
     "generate": """\
 examples:
-  titans generate --model runs/mac --prompt "import os"
-  titans generate --model runs/mac --prompt "Call me" --temperature 0 --max-new-tokens 500
-  titans generate --model runs/mac --memory book.safetensors --prompt "The whale"
-  titans generate --model runs/mac --memory book.safetensors    goes on where the book ends""",
+  titans generate --model runs/mal --prompt "import os"
+  titans generate --model runs/mal --prompt "Call me" --temperature 0 --max-new-tokens 500
+  titans generate --model runs/mal --memory book.safetensors --prompt "The whale"
+  titans generate --model runs/mal --memory book.safetensors    goes on where the book ends""",
     "info": """\
 examples:
   titans info --preset 760m
   titans info --preset 760m --variant lmm --model.chunk_size 64
-  titans info --checkpoint runs/mac""",
+  titans info --checkpoint runs/mal""",
     "serve": """\
 examples:
-  titans serve --model runs/mac                             on http://127.0.0.1:8000/v1
-  TITANS_TOKEN=$(openssl rand -hex 32) titans serve --model runs/mac --host 0.0.0.0
-  titans serve --model runs/mac --tokens clients.txt        a client to each token
-  titans serve --model runs/mac --memory_mb 200 --disk_mb 20000 --folder /data/sessions
+  titans serve --model runs/mal                             on http://127.0.0.1:8000/v1
+  TITANS_TOKEN=$(openssl rand -hex 32) titans serve --model runs/mal --host 0.0.0.0
+  titans serve --model runs/mal --tokens clients.txt        a client to each token
+  titans serve --model runs/mal --memory_mb 200 --disk_mb 20000 --folder /data/sessions
 
   curl http://127.0.0.1:8000/v1/completions -H 'content-type: application/json' \\
     -d '{"model": "mac", "prompt": "import ", "max_tokens": 32}'
