@@ -233,7 +233,7 @@ def test_help_teaches_and_needs_no_torch(command):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "titans generate --model runs/mac" in done.stdout or "titans eval" in done.stdout
+    assert "titans generate --model runs/mal" in done.stdout or "titans eval" in done.stdout
 
 
 def test_help_of_train_is_short_and_help_all_is_whole(capsys):

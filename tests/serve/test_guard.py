@@ -254,7 +254,7 @@ def test_help_needs_no_server(capsys):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "titans serve --model runs/mac" in done.stdout
+    assert "titans serve --model runs/mal" in done.stdout
 
 
 def test_an_open_host_without_a_token_is_one_line(capsys, monkeypatch):
