@@ -87,7 +87,7 @@ def test_wikitext_is_split_at_top_headings(local, harness):
 @torch.inference_mode()
 def test_rolling_perplexity_carries_the_state(model, harness):
     text = "It was the best of times, it was the worst of times. " * 8
-    lm = harness.CarryingLM(model, BYTES, batch_size=1, piece=50)
+    lm = harness.CarryingLM(model, BYTES, batch_size=1, piece=50, max_length=64)
     (found,) = lm.loglikelihood_rolling([SimpleNamespace(args=(text,))])
     ids = torch.tensor([[256, *text.encode()]])
     assert found == pytest.approx(-model(ids, labels=ids).loss.item() * len(text), rel=1e-4)

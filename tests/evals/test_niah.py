@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerFast
 
 from pytitans.data.tokenizer import byte_tokenizer
 from pytitans.data.windows import IGNORED
-from pytitans.evals import load_task
+from pytitans.evals import load_task, niah
 from pytitans.evals.niah import KINDS
 from pytitans.evals.words import ADJECTIVES, NOUNS
 
@@ -159,6 +159,13 @@ def test_keys_of_an_example_differ(prose):
             asked = text_of(example.ids).rsplit(" for ", 1)[1].split()[0]
             keys = [key for _, key, _ in NEEDLE.findall(text_of(example.ids))]
             assert keys.count(asked) == 1
+
+
+def test_lines_around_the_needle_never_have_its_key(monkeypatch):
+    monkeypatch.setitem(niah.DRAW, "words", lambda rng, count: ["able-acorn"])
+    monkeypatch.setattr(niah, "other_words", lambda rng, n: ["able-acorn", "big-tree"] * (n // 2))
+    text = text_of(load_task("niah_multikey_2", BYTES).example(0, length=3000).ids)
+    assert [key for _, key, _ in NEEDLE.findall(text)].count("able-acorn") == 1
 
 
 def test_what_does_not_fit_is_refused():

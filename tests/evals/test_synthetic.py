@@ -35,7 +35,7 @@ def test_recall_by_its_definition(length, pairs, vocabulary):
 
 def test_recalls_gaps_follow_the_power_law():
     """Against numpy's own draw without replacement, as the original makes it."""
-    task, rng, space, count = Recall(64, 3), np.random.default_rng(0), 20, 3
+    task, rng, space, count = Recall(64, 9), np.random.default_rng(0), 20, 9
     p = np.arange(1, space + 1) ** (task.power - 1)
     drawn = np.array([task.gaps(rng, space, count) for _ in range(4000)])
     theirs = np.array([rng.choice(space, count, replace=False, p=p / p.sum()) for _ in range(4000)])
