@@ -5,6 +5,7 @@ A byte's id is the byte: ids 0 to 255, then <|eos|> 256, which begins and ends e
 saved with the model, a merge-less byte-level BPE which `AutoTokenizer` loads.
 """
 
+import functools
 from pathlib import Path
 from typing import cast
 
@@ -71,6 +72,7 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
+@functools.cache
 def byte_letters() -> list[str]:
     """The letter by which byte-level BPE writes a byte: itself if printable, else from 256 on."""
     printable = {*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
