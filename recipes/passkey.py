@@ -4,10 +4,11 @@
     python recipes/passkey.py chunk_size=64 memory_norm=true --steps 300
     python recipes/passkey.py variant=lmm --length 512
 
-Trains a small byte model on texts of at most --length bytes, half of them shorter, then asks for
-the key in longer ones, read as a stream. Prints the loss on the key's digits (2.30 is chance) and
-the share of keys recalled whole. `NAME=VALUE` are fields of TitansConfig. How layers start was
-chosen with it; see docs/log.md.
+Trains a small byte model on texts of at most 128 bytes, half of them shorter, and for the second
+half of the steps on texts of at most --length; then asks for the key in longer ones, read as a
+stream. Prints the loss on the key (5 digits and the space before them; 1.92 is chance) and the
+share of keys recalled whole. `NAME=VALUE` are fields of TitansConfig. The task is in
+`pytitans/evals/niah.py`. How layers start was chosen with it; see docs/log.md.
 """
 
 import argparse
@@ -19,12 +20,12 @@ import torch
 import torch.nn.functional as F
 
 from pytitans import TitansConfig, TitansForCausalLM
+from pytitans.data.tokenizer import byte_tokenizer
+from pytitans.evals.niah import Passkey
+from pytitans.evals.streaming import score_examples
+from pytitans.evaluate import scoring
 
-NOISE = (
-    b"The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. "
-)
-QUESTION = b" What is the pass key? The pass key is "
-DIGITS = 5
+SHORTEST, START = 96, 128  # bytes: what is recalled at all is learned from short texts
 SMALL = {
     "variant": "mal",
     "hidden_size": 128,
@@ -37,32 +38,11 @@ SMALL = {
 }
 
 
-def passkeys(rng: np.random.Generator, count: int, length: int) -> torch.Tensor:
-    """[count, length] bytes: noise, the key at a random place, noise, the question, the key."""
-    rows = []
-    for _ in range(count):
-        key = b"%0*d" % (DIGITS, rng.integers(10**DIGITS))
-        told = b"The pass key is " + key + b". Remember it. "
-        room = length - len(told) - len(QUESTION) - DIGITS
-        if room < 0:
-            raise ValueError(
-                f"length={length} is too short: the question alone takes {length - room}"
-            )
-        shift, place = rng.integers(len(NOISE)), rng.integers(room + 1)
-        noise = (NOISE * (room // len(NOISE) + 2))[shift : shift + room]
-        rows.append(noise[:place] + told + noise[place:] + QUESTION + key)
-    return torch.from_numpy(np.array([np.frombuffer(row, np.uint8) for row in rows])).long()
-
-
-@torch.no_grad()
-def recalled(model: TitansForCausalLM, ids: torch.Tensor, piece: int = 4096) -> float:
-    """The share of rows whose digits are all the most likely ones."""
-    cache = None
-    for part in ids[:, :-1].split(piece, dim=1):
-        out = model(part, past_key_values=cache, use_cache=True)
-        cache = out.past_key_values
-    guesses = out.logits[:, -DIGITS:].argmax(-1)
-    return (guesses == ids[:, -DIGITS:]).all(1).float().mean().item()
+def recalled(model: TitansForCausalLM, task: Passkey, length: int, seed: int) -> float:
+    """The share of 16 keys that are told whole."""
+    with scoring(model, bf16=False):
+        scores = score_examples(model, list(task.examples(16, length=length, seed=seed)))
+    return sum(score.exact for score in scores) / len(scores)
 
 
 def main() -> None:
@@ -70,18 +50,19 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("fields", nargs="*", metavar="NAME=VALUE", help="fields of TitansConfig")
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--test", type=int, nargs="*", default=[256, 1024, 4096])
+    parser.add_argument("--output", help="folder to save the model in, for `titans eval`")
     args = parser.parse_args()
     changes = dict(field.split("=", 1) for field in args.fields)
     changes = {k: v if k == "variant" else json.loads(v) for k, v in changes.items()}
 
     torch.manual_seed(args.seed)
-    rng = np.random.default_rng(args.seed)
+    rng, task = np.random.default_rng(args.seed), Passkey(byte_tokenizer())
     model = TitansForCausalLM(TitansConfig(**{**SMALL, **changes})).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95))
     schedule = torch.optim.lr_scheduler.OneCycleLR(
@@ -89,23 +70,27 @@ def main() -> None:
     )
     began, losses = time.perf_counter(), []
     for step in range(args.steps):
-        length = args.length if rng.random() < 0.5 else int(rng.integers(128, args.length + 1))
-        ids = passkeys(rng, args.batch, length)
-        logits = model(ids, use_cache=False).logits
-        each = F.cross_entropy(logits[:, :-1].transpose(1, 2), ids[:, 1:], reduction="none")
-        on_digits = each[:, -DIGITS:].mean()
-        (on_digits + 0.1 * each[:, :-DIGITS].mean()).backward()
+        longest = args.length if step > args.steps // 2 else min(START, args.length)
+        length = longest if rng.random() < 0.5 else int(rng.integers(SHORTEST, longest + 1))
+        ids, targets = task.batch(
+            args.batch, length=length, seed=args.seed, first=step * args.batch
+        )
+        logits = model(ids, use_cache=False).logits.transpose(1, 2)
+        on_key = F.cross_entropy(logits, targets)
+        on_rest = F.cross_entropy(logits[..., :-1], ids[:, 1:])
+        (on_key + 0.1 * on_rest).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-        losses.append(on_digits.item())
+        losses.append(on_key.item())
         if (step + 1) % 50 == 0:
             mean, spent = np.mean(losses[-25:]), time.perf_counter() - began
-            print(f"step {step + 1}: loss on digits {mean:.3f}, {spent:.0f} s", flush=True)
-    model.eval()
-    test = np.random.default_rng(args.seed + 1)
-    shares = {n: recalled(model, passkeys(test, 16, n)) for n in args.test}
+            print(f"step {step + 1}: loss on the key {mean:.3f}, {spent:.0f} s", flush=True)
+    shares = {n: recalled(model, task, n, seed=args.seed + 1) for n in args.test}
+    if args.output:
+        model.save_pretrained(args.output)
+        byte_tokenizer().save_pretrained(args.output)
     print("recalled:", ", ".join(f"{n:,} bytes {share:.0%}" for n, share in shares.items()))
 
 
