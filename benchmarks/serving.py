@@ -190,7 +190,7 @@ def run_clients(work: Path, clients: int, seconds: float) -> bool:
                         began = time.monotonic()
                         play(scripts[number], number, token, http, asks, public, counts)
                         latencies.append(time.monotonic() - began)
-                    except Exception as error:
+                    except Exception as error:  # whatever a client sees counts as a failure
                         errors.append(f"client {number}: {type(error).__name__}: {error}")
                 asks.close()
 

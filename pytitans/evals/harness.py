@@ -63,7 +63,7 @@ class CarryingLM(HarnessModel):
             pretrained=model,
             tokenizer=tokenizer,
             max_length=length,
-            **options,  # type: ignore
+            **options,  # type: ignore - HFLM takes them by name, each of its own type
         )
 
     def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
@@ -333,8 +333,8 @@ class local_essays:
             return [part for part in parts if part]
 
         self.before = (theirs, prepare_niah.sent_tokenize)
-        niah_utils.get_haystack = prepare_niah.get_haystack = get_haystack  # type: ignore
-        prepare_niah.sent_tokenize = sentences  # type: ignore
+        niah_utils.get_haystack = prepare_niah.get_haystack = get_haystack  # type: ignore - ours
+        prepare_niah.sent_tokenize = sentences  # type: ignore - ours: nltk's data is a download
         prepare_niah.cached_sent_tokenize.cache_clear()
 
     def __exit__(self, *_: Any) -> None:

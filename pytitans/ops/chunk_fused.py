@@ -10,7 +10,6 @@ bfloat16; elsewhere a text in bfloat16 is multiplied in the state's dtype.
 
 import ctypes
 import functools
-import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -75,7 +74,6 @@ def available(inputs: Inputs, weights: list[Tensor], layers: int) -> bool:
         and all(x is None or x.device.type == "cpu" for x in (*inputs, *weights))
         and all(w.dtype == wide for w in weights)
         and layers <= MAX_LAYERS
-        and sys.platform != "win32"
         and kernel() is not None
     )
 

@@ -6,6 +6,7 @@ import logging
 import os
 import platform
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -17,8 +18,10 @@ FLAGS += ["-shared", "-fPIC", "-fopenmp", "-fno-math-errno", "-fno-trapping-math
 
 
 def load(source: Path) -> ctypes.CDLL | None:
-    """The library made of `source`, a .cpp file, and the headers beside it; None, with one line in
-    the log, where that cannot be had."""
+    """The library made of `source`, a .cpp file, and the headers beside it; None on Windows, and,
+    with one line in the log, where it cannot be built."""
+    if sys.platform == "win32":
+        return None
     try:
         return ctypes.CDLL(str(build(source)))
     except (OSError, subprocess.SubprocessError) as error:

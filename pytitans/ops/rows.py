@@ -6,7 +6,6 @@ is float32 whatever the tokens' dtype. Axes: see `pytitans.shapes`.
 """
 
 import functools
-import sys
 from ctypes import c_double, c_int, c_int64, c_void_p
 from pathlib import Path
 from typing import Any
@@ -35,8 +34,6 @@ KINDS = {"i": c_int, "n": c_int64, "d": c_double, "p": c_void_p}
 @functools.cache
 def kernel():
     """The built functions by name, or None."""
-    if sys.platform == "win32":
-        return None
     library = native.load(Path(__file__).parent / "kernel" / "rows.cpp")
     if library is None:
         return None
