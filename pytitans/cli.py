@@ -337,20 +337,20 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
 
 def model_config(options: "Namespace", tokenizer: "PreTrainedTokenizerFast") -> "PreTrainedConfig":
     """The configuration of the model that the options describe, for the tokenizer's ids."""
-    from pytitans.baseline import baseline_like
+    from pytitans.baseline import BASELINES, baseline_like
     from pytitans.models import TitansConfig
 
     fields = options.model.as_dict()
     variant = fields["variant"]
     fields |= {
-        "variant": "mac" if variant == "transformer" else variant,
+        "variant": "mac" if variant in BASELINES else variant,
         "vocab_size": fields["vocab_size"] or len(tokenizer),
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
     }
     config = TitansConfig(**fields)
-    return baseline_like(config) if variant == "transformer" else config
+    return baseline_like(config, variant) if variant in BASELINES else config
 
 
 def model_folder(name: str) -> str:

@@ -21,6 +21,7 @@ examples:
   titans train                                   the default model on Python's own source text
   titans train --variant mag --steps 2000        another architecture, longer
   titans train --variant transformer             sliding-window Transformer of equal parameters
+  titans train --variant gated_deltanet          other baselines: llama, mamba2_hf, retnet, ...
   titans train --data notes/ book.txt.gz         files, folders, globs; .xz .gz .zip as they are
   titans train --data hub:Salesforce/wikitext:wikitext-103-raw-v1
   titans train --preset 170m --data.tokenizer gpt2 --train.per_device_train_batch_size 4
@@ -110,7 +111,6 @@ SHOWN = {  # by --help; --help-all shows the rest
     },
 }
 RUN_FILE = "run.yaml"
-VARIANTS = ("mac", "mag", "mal", "lmm", "transformer")
 FIELD = re.compile(r"^ {4,8}([a-z]\w*(?:, \w+)*)(?: \(.*\))?:\s", re.MULTILINE)  # in a docstring
 
 
@@ -183,14 +183,17 @@ def add_model_arguments(parser: "ArgumentParser") -> None:
     """`--preset`, and `--model.X`: the fields of TitansConfig that describe a shape."""
     from transformers import PreTrainedConfig
 
+    from pytitans.baseline import BASELINES
     from pytitans.models import TitansConfig
+    from pytitans.models.configuration_titans import VARIANTS
     from pytitans.train import DEFAULT_RUN
 
+    names = (*VARIANTS, *BASELINES)
     parser.add_argument("--preset", type=str | None, help="a size of the paper: 170m, 340m, ...")
     inherited = {field.name for field in dataclasses.fields(PreTrainedConfig)}
     own = {"variant", "vocab_size", "use_cache", "bos_token_id", "eos_token_id", "pad_token_id"}
     add = parser.add_argument
-    add("--model.variant", type=Literal[VARIANTS], help="architecture; short: --variant")  # type: ignore
+    add("--model.variant", type=Literal[names], help="architecture; short: --variant")  # type: ignore
     add("--model.vocab_size", type=int | None, help="rows of the embedding; the tokenizer's size")
     add_fields(parser, "model", TitansConfig, skip=inherited | own)
     parser.set_defaults({k: v for k, v in DEFAULT_RUN.items() if k.startswith("model.")})
@@ -220,9 +223,10 @@ def preset_defaults(options: "Namespace", command: str) -> dict[str, Any]:
     """The preset's shape. Its vocabulary is for `info` alone: a tokenizer decides in training."""
     if getattr(options, "preset", None) is None:
         return {}
+    from pytitans.baseline import BASELINES
     from pytitans.presets import model_preset
 
-    variant = "mac" if options.model.variant == "transformer" else options.model.variant
+    variant = "mac" if options.model.variant in BASELINES else options.model.variant
     preset = model_preset(options.preset, variant)
     known = {name for name in options.model.as_dict() if name != "variant"}
     known -= set() if command == "info" else {"vocab_size"}

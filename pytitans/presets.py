@@ -12,8 +12,9 @@ would hold heads times as many.
 from dataclasses import dataclass
 
 import torch
+from transformers import AutoModelForCausalLM, PreTrainedConfig
 
-from pytitans.models import TitansConfig, TitansForCausalLM
+from pytitans.models import TitansConfig
 
 
 @dataclass(frozen=True)
@@ -67,10 +68,10 @@ def paper_config(size: str, variant: str = "mac", **changes) -> TitansConfig:
     return TitansConfig(**fixed, intermediate_size=64 + max(0, round(missing / 64) * 64))
 
 
-def count_parameters(config: TitansConfig) -> int:
+def count_parameters(config: PreTrainedConfig) -> int:
     """Of the language model, tied weights once; nothing is allocated."""
     with torch.device("meta"):
-        return TitansForCausalLM(config).num_parameters()
+        return AutoModelForCausalLM.from_config(config).num_parameters()
 
 
 def model_preset(size: str, variant: str = "mac") -> dict:

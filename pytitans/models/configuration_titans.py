@@ -7,6 +7,7 @@ from transformers import PreTrainedConfig
 from transformers.models.auto.configuration_auto import AutoConfig
 
 VARIANTS = ("mac", "mag", "mal", "lmm")
+RECURRENCES = ("titans", "gated_deltanet", "deltanet", "retnet", "mamba2", "ttt_mlp_like")
 
 
 @strict
@@ -33,6 +34,8 @@ class TitansConfig(PreTrainedConfig):
         segment_len: MAC's attention span, in tokens.
         window: MAG's and MAL's attention reach, in tokens.
         num_persistent: learned tokens that every token sees.
+        recurrence: what the memory is: "titans", or a layer of `pytitans.mixers` to compare with
+            ("lmm" and "mal" alone have these); several: one for each layer, in turn.
     """
 
     model_type = "titans"
@@ -55,6 +58,7 @@ class TitansConfig(PreTrainedConfig):
     segment_len: int = 128
     window: int = 128
     num_persistent: int = 4
+    recurrence: str | list[str] = "titans"
     rope_theta: int | float = 10_000.0
     rms_norm_eps: int | float = 1e-6
     initializer_range: int | float = 0.02
@@ -64,10 +68,23 @@ class TitansConfig(PreTrainedConfig):
     eos_token_id: int | None = 256
     pad_token_id: int | None = 257
 
+    @property
+    def recurrences(self) -> list[str]:
+        """The memories of the first layers; further layers repeat them."""
+        return [self.recurrence] if isinstance(self.recurrence, str) else self.recurrence
+
     def validate_titans(self):
         """Every number a model is built from, checked before anything is built."""
         if self.variant not in VARIANTS:
             raise ValueError(f"variant={self.variant!r} is unknown: choose one of {VARIANTS}")
+        for name in self.recurrences:
+            if name not in RECURRENCES:
+                raise ValueError(f"recurrence {name!r} is unknown: choose from {RECURRENCES}")
+            if name != "titans" and self.variant not in ("lmm", "mal"):
+                raise ValueError(
+                    f"recurrence={name!r} with variant={self.variant!r}: only a Titans memory is "
+                    "read and written as MAC and MAG do; use variant 'lmm' or 'mal'"
+                )
         for name in (
             "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
             "intermediate_size", "memory_depth", "chunk_size", "segment_len", "window",
@@ -79,6 +96,8 @@ class TitansConfig(PreTrainedConfig):
                 f"hidden_size={self.hidden_size} must be a multiple of 4 times "
                 f"num_attention_heads={self.num_attention_heads}"
             )
+        if not self.recurrences:
+            raise ValueError("recurrence=[] names no memory: give one, or one for each layer")
         if self.num_persistent < 0 or self.conv_size < 0 or self.memory_expansion <= 0:
             raise ValueError(
                 "num_persistent and conv_size must be 0 or more and memory_expansion above 0; got "

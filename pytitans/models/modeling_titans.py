@@ -4,6 +4,8 @@ Embedding, blocks (`pytitans.blocks`) each followed by SwiGLU, a final norm, tie
 is in the `TitansCache` that goes in and comes out.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -18,16 +20,20 @@ from pytitans.blocks import LMM, MAC, MAG, MAL, Block
 from pytitans.cache import TitansCache
 from pytitans.layers import RMSNorm, ShortConv, SwiGLU
 from pytitans.memory import NeuralMemory
+from pytitans.mixers import MIXERS, Mixer
 from pytitans.models.configuration_titans import TitansConfig
 from pytitans.models.packing import find_documents, run_packed
 
 
-def build_block(config: TitansConfig) -> Block:
-    """The block of `config.variant`."""
-    dim, heads = config.hidden_size, config.num_attention_heads
-    memory = NeuralMemory(
-        dim,
-        heads,
+def build_memory(config: TitansConfig, layer: int) -> Any:
+    """The memory of `config.recurrence` in this layer."""
+    names = config.recurrences
+    name = names[layer % len(names)]
+    if name != "titans":
+        return MIXERS[name](config.hidden_size, config.num_attention_heads)
+    return NeuralMemory(
+        config.hidden_size,
+        config.num_attention_heads,
         depth=config.memory_depth,
         expansion=config.memory_expansion,
         chunk_size=config.chunk_size,
@@ -37,6 +43,12 @@ def build_block(config: TitansConfig) -> Block:
         decay=config.memory_decay,
         conv_size=config.conv_size,
     )
+
+
+def build_block(config: TitansConfig, layer: int) -> Block:
+    """The block of `config.variant`."""
+    dim, heads = config.hidden_size, config.num_attention_heads
+    memory = build_memory(config, layer)
     if config.variant == "lmm":
         return LMM(dim, memory, config.num_persistent)
     if config.variant == "mac":
@@ -50,9 +62,9 @@ def build_block(config: TitansConfig) -> Block:
 class TitansLayer(GradientCheckpointingLayer):
     """A block and its feed-forward layer, both residual."""
 
-    def __init__(self, config: TitansConfig):
+    def __init__(self, config: TitansConfig, layer: int):
         super().__init__()
-        self.block = build_block(config)
+        self.block = build_block(config, layer)
         self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = SwiGLU(config.hidden_size, config.intermediate_size)
 
@@ -72,7 +84,7 @@ class TitansPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         """Llama's: normal with `initializer_range`, norms 1; for gates and M_0 the memory's own."""
-        if isinstance(module, NeuralMemory):
+        if isinstance(module, (NeuralMemory, Mixer)):
             module.reset_parameters()
         elif isinstance(module, nn.Embedding) or (
             isinstance(module, nn.Linear) and module.bias is None  # gates have one, and their own
@@ -98,7 +110,9 @@ class TitansModel(TitansPreTrainedModel):
     def __init__(self, config: TitansConfig):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(TitansLayer(config) for _ in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(
+            TitansLayer(config, layer) for layer in range(config.num_hidden_layers)
+        )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_init()
 
