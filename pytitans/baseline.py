@@ -120,7 +120,8 @@ def mamba_like(config: TitansConfig) -> Mamba2Config:
     }
 
     def of(layers: int, state: int) -> Mamba2Config:
-        return Mamba2Config(**fields | {"num_hidden_layers": layers, "state_size": state})
+        chosen: dict[str, Any] = fields | {"num_hidden_layers": layers, "state_size": state}
+        return Mamba2Config(**chosen)
 
     def size(layers: int, state: int) -> int:
         return count_parameters(of(layers, state))

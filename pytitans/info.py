@@ -7,8 +7,10 @@ FLOPs of a token in a forward pass, a multiply-add counted as two; training is t
     memory          per head: 2P [keys] + 2(P - K h) [errors] + 2rP [queries] + 2rP [writes]
                     + 2C sum(in + out) [within the chunk] + 2C^2 [gates]
 
-P weights of widths K -> h -> ... -> K, r = 2 with momentum, else 1, chunks of C tokens, each layer
-from `in` to `out`. MAC reads a second time, at 2P. Persistent tokens, read once, are left out.
+P weights of widths K -> h -> ... -> V, r = 2 with momentum, else 1, chunks of C tokens, each layer
+from `in` to `out`. MAC reads a second time, at 2P. A memory whose steps are the values themselves
+(RetNet, Mamba-2) spares keys and errors. Persistent tokens, read once, are left out. FLOPs are not
+said of full attention, where they grow with the text, nor of Hugging Face's Mamba2.
 """
 
 from collections.abc import Iterator
@@ -18,7 +20,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from pytitans.memory import NeuralMemory
+from pytitans.mixers import Mixer
 from pytitans.models import TitansConfig
+from pytitans.recurrences import TILE
 
 CONTEXTS = {"4K": 4096, "128K": 2**17, "2M": 2**21}
 REST = "gates, norms, persistent tokens"
@@ -29,18 +33,17 @@ def describe(config: PreTrainedConfig) -> str:
     """The table that `titans info` prints."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    forward = flops_per_token(model)
     lines = [("model", f"{config.model_type} {getattr(config, 'variant', '')}".strip())]
     lines += [("parameters", f"{model.num_parameters():,}")]
     lines += [(f"  {part}", f"{count:,}") for part, count in parameters_by_part(model).items()]
-    for memory in memories(model):
-        state = memory.initial_state(1).memory
-        size = sum(W.numel() * W.element_size() for W in (*state.M, *state.S, *state.anchor))
-        lines += [("memory state, per layer and sequence", in_bytes(size))]
-        lines += [("  all layers, at any length", in_bytes(size * config.num_hidden_layers))]
-        break
-    lines += [("FLOPs per token, forward", f"{forward:,}")]
-    lines += [("FLOPs per token, training", f"{3 * forward:,}")]
+    sizes = [state_bytes(memory) for memory in memories(model)]
+    if sizes:
+        lines += [("memory state, per layer and sequence", in_bytes(max(sizes)))]
+        lines += [("  all layers, at any length", in_bytes(sum(sizes)))]
+    if isinstance(config, TitansConfig) or getattr(config, "sliding_window", None):
+        forward = flops_per_token(model)
+        lines += [("FLOPs per token, forward", f"{forward:,}")]
+        lines += [("FLOPs per token, training", f"{3 * forward:,}")]
     lines += [("KV cache of a full-attention Transformer of this shape, bf16", "")]
     lines += [(f"  {name} tokens", in_bytes(kv_cache(config, n))) for name, n in CONTEXTS.items()]
     width = max(len(name) for name, value in lines if value) + 2
@@ -78,18 +81,28 @@ def keys_seen(config: PreTrainedConfig) -> float:
     return config.num_persistent + config.window
 
 
-def memories(model: PreTrainedModel) -> Iterator[NeuralMemory]:
-    return (module for module in model.modules() if isinstance(module, NeuralMemory))
+def memories(model: PreTrainedModel) -> Iterator[NeuralMemory | Mixer]:
+    return (module for module in model.modules() if isinstance(module, (NeuralMemory, Mixer)))
 
 
-def memory_flops(memory: NeuralMemory, reads_twice: bool) -> float:
+def state_bytes(memory: NeuralMemory | Mixer) -> int:
+    state = memory.initial_state(1).memory
+    return sum(W.numel() * W.element_size() for W in (*state.M, *state.S, *state.anchor))
+
+
+def memory_flops(memory: NeuralMemory | Mixer, reads_twice: bool) -> float:
     """Of writing and reading one token, all heads."""
-    shapes = [W.shape[-2:] for W in memory.M_0]
-    C, P = memory.chunk_size, sum(a * b for a, b in shapes)
-    r = 2 if "momentum" in memory.gates else 1
+    shapes = [W.shape[-2:] for W in memory.initial_state(1).memory.M]
+    if isinstance(memory, NeuralMemory):
+        C, momentum, learns = memory.chunk_size, "momentum" in memory.gates, True
+    else:
+        C, momentum = memory.rule.chunk_size or TILE, memory.rule.momentum
+        learns = memory.rule.objective == "l2"
+    P, r = sum(a * b for a, b in shapes), 2 if momentum else 1
     first = shapes[0][0] * shapes[0][1]
     within = 2 * C * sum(a + b for a, b in shapes) + 2 * C * C
-    head = 2 * P + 2 * (P - first) + 4 * r * P + within + (2 * P if reads_twice else 0)
+    errors = 2 * P + 2 * (P - first) if learns else 0
+    head = errors + 4 * r * P + within + (2 * P if reads_twice else 0)
     return memory.num_heads * head
 
 
