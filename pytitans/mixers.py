@@ -238,7 +238,7 @@ class Mamba2(Mixer):
         super().__init__(dim, num_heads, rule, expand=2, gates=1, conv_size=conv_size, units=0)
         self.A_log = nn.Parameter(torch.empty(num_heads))
         self.dt_bias = nn.Parameter(torch.empty(num_heads))
-        self.D = nn.Parameter(torch.empty(num_heads, 1))
+        self.D = nn.Parameter(torch.empty(num_heads))
         self.norm = RMSNorm(2 * dim)
         self.to_open = nn.Linear(dim, 2 * dim, bias=False)
         self.reset_parameters()
@@ -253,7 +253,7 @@ class Mamba2(Mixer):
         dt = F.softplus(logit + self.dt_bias)
         log_decay = -self.A_log.to(dt.dtype).exp() * dt
         read, memory = self.write(C, B, v, dt, log_decay, state.memory, lengths)
-        y = (read + self.D.to(v.dtype) * v).flatten(2)
+        y = (read + self.D[:, None].to(v.dtype) * v).flatten(2)
         return self.out(self.norm(silu_mul(self.to_open(x), y))), LayerState(memory, tail)
 
 

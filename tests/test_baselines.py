@@ -145,7 +145,7 @@ def test_info_says_what_is_known(baseline):
 
 
 def test_flops_of_a_linear_memory_by_hand():
-    """Read and write 2 K V each; the delta rule reads for its error besides. Within a tile of 64."""
+    """Read and write 2 K V each; the delta rule reads for its error too. Within a tile of 64."""
     sizes = {}
     for name in ("deltanet", "retnet"):
         config = tiny_config("lmm", recurrence=name, num_persistent=0)

@@ -108,7 +108,7 @@ def mamba2(layer, x):
     for t in range(len(x)):
         keep = torch.exp(-dt[t] * layer.A_log.exp())[:, None, None]
         h = keep * h + dt[t][:, None, None] * v[t, :, :, None] * B[t, :, None, :]
-        read.append((h @ C[t, :, :, None])[..., 0] + layer.D * v[t])
+        read.append((h @ C[t, :, :, None])[..., 0] + layer.D[:, None] * v[t])
     y = torch.stack(read).flatten(1) * F.silu(x @ layer.to_open.weight.T)
     return rms(y, layer.norm.weight) @ layer.out.weight.T
 
