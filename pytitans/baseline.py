@@ -59,16 +59,25 @@ def baseline_like(config: TitansConfig, name: str = "transformer") -> PreTrained
             "num_persistent": 0,
         }
         baseline = TitansConfig.from_dict(fields)
-    per_unit = 3 * config.hidden_size * config.num_hidden_layers
-    wider = round((count_parameters(config) - count_parameters(baseline)) / per_unit)
-    if baseline.intermediate_size + wider < 1:
+    return widened(baseline, config)
+
+
+def widened(model: PreTrainedConfig, like: TitansConfig) -> PreTrainedConfig:
+    """`model`, with feed-forward layers so wide that it has the parameters of `like`.
+
+    Raises:
+        ValueError: it has more parameters without feed-forward layers.
+    """
+    width, layers = model.hidden_size, model.num_hidden_layers
+    more = round((count_parameters(like) - count_parameters(model)) / (3 * width * layers))
+    if model.intermediate_size + more < 1:
         raise ValueError(
-            f"{name} of hidden_size={config.hidden_size} has more parameters than the Titans model "
-            f"even without feed-forward layers: widen its, intermediate_size="
-            f"{config.intermediate_size}, by {1 - baseline.intermediate_size - wider} or more"
+            f"a {model.model_type} of hidden_size={width} has more parameters than the Titans "
+            f"model even without feed-forward layers: widen its, intermediate_size="
+            f"{like.intermediate_size}, by {1 - model.intermediate_size - more} or more"
         )
-    baseline.intermediate_size += wider
-    return baseline
+    model.intermediate_size += more
+    return model
 
 
 def build_baseline(config: TitansConfig, name: str) -> PreTrainedModel:

@@ -1,4 +1,4 @@
-"""What a person sees of a run: the bar while it trains, the loss curve when it is over."""
+"""What a person sees of a run: the bar while it trains, the pictures when it is over."""
 
 import sys
 import time
@@ -52,13 +52,15 @@ class Progress(TrainerCallback):
         if self.bar is None or not logs:
             return
         if "loss" in logs:
-            bits = logs["loss"] * self.bits
-            pace = f"{bits:.3f} bits/byte, {self.tokens_per_second:,.0f} tokens/s"
+            pace = f"{self.describe(logs)}, {self.tokens_per_second:,.0f} tokens/s"
             self.bar.set_postfix_str(pace, refresh=False)
         if "eval_bits_per_byte" in logs:
             self.say(
                 f"step {state.global_step}: validation {logs['eval_bits_per_byte']:.4f} bits/byte"
             )
+
+    def describe(self, logs: dict[str, Any]) -> str:
+        return f"{logs['loss'] * self.bits:.3f} bits/byte"
 
     def on_save(self, args, state, control, **kwargs):
         self.say(
@@ -74,18 +76,24 @@ class Progress(TrainerCallback):
             self.bar.write(line)
 
 
-def plot_losses(history: Sequence[dict[str, Any]], bits: float, path: str | Path) -> None:
-    """Writes the loss curve of a Trainer's log history as a PNG, in bits per byte."""
+def new_axes(width: float, height: float, **labels: Any):
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot(**labels)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def plot_losses(history: Sequence[dict[str, Any]], bits: float, path: str | Path) -> None:
+    """Writes the loss curve of a Trainer's log history as a PNG, in bits per byte."""
     trained = [(log["step"], log["loss"] * bits) for log in history if "loss" in log]
     validated = [
         (log["step"], log["eval_bits_per_byte"]) for log in history if "eval_bits_per_byte" in log
     ]
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot(xlabel="step", ylabel="bits per byte")
+    figure, axes = new_axes(7, 4.5, xlabel="step", ylabel="bits per byte")
     for points, label, style in ((trained, "training", "-"), (validated, "validation", "o-")):
         if points:
             axes.plot(*zip(*points, strict=True), style, label=label, markersize=4)

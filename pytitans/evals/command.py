@@ -33,7 +33,7 @@ def eval_task(argv: list[str]) -> int:
         help="as in training, for --split")  # fmt: skip
     add("--data.test", type=str, nargs="*", default=[], metavar="FILES", help="likewise")
     add("--split", type=str, default="all", help=f"of the text: {', '.join(SPLITS)}, all")
-    add("--limit", type=int | None, help="bytes to score (positions), examples (lm_eval)")
+    add("--limit", type=int | None, help="bytes of each document (positions), examples (lm_eval)")
     add("--babi", type=str | None, help="folder or zip of bAbI's tasks_1-20_v1-2, for babilong")
     add("--babi_indexes", type=str | None, help="JSON of the questions to test")
     add("--pairs", type=int | None, help="keys of recall; length / 16")
@@ -113,7 +113,8 @@ def prepare(options: "Namespace", folder: str, tokenizer: Any):
         text = TextData(
             files=options.data.files, validation=options.data.validation, test=options.data.test
         )
-        documents = head(load_text(text, (options.split,))[options.split], options.limit)
+        found = load_text(text, (options.split,))[options.split]
+        documents = [part for document in found for part in head([document], options.limit)]
 
         def score(model, results):
             window = context_limit(model) if options.window is None else options.window

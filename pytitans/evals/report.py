@@ -18,6 +18,7 @@ from typing import Any
 
 from pytitans.evals.results import read_results
 from pytitans.evals.run import by_position
+from pytitans.report import new_axes
 
 SEED = re.compile(r"[-_.]?seed[-_]?\d+|[-_]s\d+$")
 COLOURS = ("#2b6cb0", "#c05621", "#2f855a", "#6b46c1", "#b83280", "#4a5568", "#b7791f", "#0987a0")
@@ -196,17 +197,6 @@ def size(tokens: int) -> str:
         if tokens >= many and tokens % many == 0:
             return f"{tokens // many}{unit}"
     return f"{tokens:,}"
-
-
-def new_axes(width: float, height: float, **labels: Any):
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot(**labels)
-    axes.spines[["top", "right"]].set_visible(False)
-    return figure, axes
 
 
 def plot_accuracy(task: str, runs: Runs, path: Path) -> Path:

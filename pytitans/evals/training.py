@@ -1,0 +1,226 @@
+"""Training a model on a task's examples, from short ones to long ones, on `transformers.Trainer`.
+
+    stages = [Stage([passkey], 96, 256, steps=400), Stage([niah], 448, 2048, steps=300)]
+    train_on_tasks(model, tokenizer, stages, args)
+
+What a long text asks for is learned from a short one: a model that is begun with 512 bytes of noise
+around a key of five digits stays at chance for hundreds of steps (docs/log.md). So training goes in
+stages, each with longer texts, and half of the texts of a stage are shorter than its longest.
+"""
+
+import json
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from torch.utils.data import Dataset
+from transformers import PreTrainedModel, PreTrainedTokenizerFast, PrinterCallback
+from transformers.trainer_utils import get_last_checkpoint
+
+from pytitans.data.windows import IGNORED
+from pytitans.evals.task import Task
+from pytitans.report import Progress, new_axes
+from pytitans.train import (
+    CURVE,
+    FACTS,
+    KeepCacheOn,
+    StopOnSignal,
+    TextTrainer,
+    TrainArguments,
+)
+
+ALONE = 512  # tokens of a text without background, of length 0: about a story of BABILong
+TRAINING_SEEDS = 10**6  # added to a run's seed: no text is trained on that an evaluation asks
+
+
+def task_arguments(folder: str | Path, rate: float, seed: int, **changes: Any) -> TrainArguments:
+    """`titans train`'s settings, with a lower weight decay and few checkpoints."""
+    fields = {
+        "output_dir": str(folder),
+        "learning_rate": rate,
+        "seed": seed,
+        "weight_decay": 0.01,
+        "report_to": "none",
+        "save_total_limit": 1,
+    }
+    return TrainArguments(**fields | changes)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """`steps` steps on tasks that take turns, on texts of `shortest` to `longest` tokens.
+
+    fill: tokens of a step; a step has as many texts as fit into it, one at least.
+    """
+
+    tasks: Sequence[Task]
+    shortest: int
+    longest: int
+    steps: int
+    fill: int = 8192
+
+
+class TaskBatches(Dataset):
+    """Whole batches in their order, each the same whenever it is asked for."""
+
+    def __init__(self, stages: Sequence[Stage], seed: int):
+        self.stages, self.seed = stages, seed
+        self.ends = np.cumsum([stage.steps for stage in stages])
+
+    def __len__(self) -> int:
+        return int(self.ends[-1])
+
+    def __getitem__(self, step: int) -> dict[str, Tensor]:
+        stage = self.stages[int(np.searchsorted(self.ends, step, side="right"))]
+        seed = TRAINING_SEEDS + self.seed
+        rng = np.random.default_rng([seed, step])
+        whole = rng.random() < 0.5
+        length = stage.longest if whole else int(rng.integers(stage.shortest, stage.longest + 1))
+        count = max(1, stage.fill // (length or ALONE))
+        task = stage.tasks[step % len(stage.tasks)]
+        ids, targets = task.batch(count, length=length, seed=seed, first=step * stage.fill)
+        return {"input_ids": ids, "targets": targets}
+
+
+class TaskTrainer(TextTrainer):
+    """The loss is the answers', and `rest` times that of all other tokens."""
+
+    rest: float = 0.1
+
+    def compute_loss(
+        self, model, inputs, return_outputs: bool = False, num_items_in_batch=None
+    ) -> Any:
+        ids, targets = inputs["input_ids"], inputs["targets"]
+        outputs = model(input_ids=ids, use_cache=False)
+        logits = outputs.logits.float().mT
+        answers = cross_entropy(logits, targets, ignore_index=IGNORED)
+        loss = answers
+        if self.rest:
+            loss = loss + self.rest * cross_entropy(logits[..., :-1], ids[:, 1:])
+        if model.training:
+            right = (logits.detach().argmax(1) == targets) | (targets == IGNORED)
+            self.seen.append((answers.item(), right.all(1).float().mean().item()))
+        return (loss, outputs) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], *args: Any, **options: Any) -> None:
+        if self.seen and "loss" in logs:
+            answers, exact = (sum(x) / len(x) for x in zip(*self.seen, strict=True))
+            logs |= {"answer_loss": answers, "exact": exact}
+            self.seen.clear()
+        super().log(logs, *args, **options)
+
+    def train(self, *args: Any, **options: Any):
+        self.seen: list[tuple[float, float]] = []
+        return super().train(*args, **options)
+
+
+class TaskProgress(Progress):
+    """A bar with the loss on the answers, and the share of texts with all of them right."""
+
+    def describe(self, logs: dict[str, Any]) -> str:
+        answers, exact = logs.get("answer_loss", 0.0), logs.get("exact", 0.0)
+        return f"answers: loss {answers:.3f}, all right in {exact:.0%}"
+
+
+def train_on_tasks(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast | None,
+    stages: Sequence[Stage],
+    args: TrainArguments,
+    *,
+    rest: float = 0.1,
+) -> dict[str, Any]:
+    """Trains the model; saves it, its tokenizer, `run.json` and `loss.png` in args.output_dir.
+
+    rest: what a token that is no answer counts; 0 for tasks whose text is random. Steps, lengths
+    and texts follow from the stages and args.seed alone, so that runs of several models see the
+    same. It goes on from a checkpoint in the folder. Returns what `run.json` holds.
+
+    Raises:
+        KeyboardInterrupt: stopped by SIGINT or SIGTERM; a checkpoint is saved.
+    """
+    batches = TaskBatches(stages, args.seed)
+    args.max_steps, args.eval_strategy = len(batches), "no"
+    args.per_device_train_batch_size = 1  # a batch is ready-made
+    args.remove_unused_columns = False  # of the batch: the targets, which no model takes
+    progress, stop = TaskProgress(1.0, stages[-1].fill), StopOnSignal()
+    trainer = TaskTrainer(
+        model=model,
+        args=args,
+        train_dataset=batches,
+        processing_class=tokenizer,
+        data_collator=lambda rows: rows[0],
+        callbacks=[progress, KeepCacheOn(), stop],
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.rest = rest
+    folder = Path(args.output_dir or "")
+    checkpoint = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    began = time.perf_counter()
+    with stop.listening():
+        trainer.train(resume_from_checkpoint=checkpoint)
+    if stop.asked:
+        raise KeyboardInterrupt(f"saved in {args.output_dir}; the same command goes on")
+    model.config.use_cache = True
+    history = [log for log in trainer.state.log_history if "answer_loss" in log]
+    facts = {
+        "command": shlex.join(sys.argv),
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "steps": trainer.state.global_step,
+        "seconds": round(time.perf_counter() - began, 1),
+        "learning_rate": args.learning_rate,
+        "seed": args.seed,
+        "rest": rest,
+        "stages": [
+            {
+                "tasks": [task.name for task in s.tasks],
+                "lengths": [s.shortest, s.longest],
+                "steps": s.steps,
+                "fill": s.fill,
+            }
+            for s in stages
+        ],
+        "model": model.config.to_diff_dict(),
+        "history": [[log["step"], log["answer_loss"], log["exact"]] for log in history],
+    }
+    trainer.save_model()
+    (folder / FACTS).write_text(json.dumps(facts, indent=1, default=str) + "\n")
+    plot_answers(facts, folder / CURVE)
+    return facts
+
+
+def plot_answers(facts: dict[str, Any], path: Path) -> None:
+    """Loss on the answers and share of texts right, over steps; lines where a stage ends."""
+    figure, axes = new_axes(7, 4.2, xlabel="step", ylabel="loss on the answers")
+    steps, losses, exact = zip(*facts["history"], strict=True)
+    axes.plot(steps, losses, color="#2b6cb0")
+    right = axes.twinx()
+    right.plot(steps, [100 * x for x in exact], color="#c05621")
+    right.set_ylabel("texts with all answers right, %")
+    right.set_ylim(0, 102)
+    ends = np.cumsum([0, *[stage["steps"] for stage in facts["stages"]]])
+    for (_, end), stage in zip(pairwise(ends), facts["stages"], strict=True):
+        axes.axvline(end, color="#cbd5e0", zorder=0)
+        axes.text(end, axes.get_ylim()[1], f"{stage['lengths'][1]:,}", ha="right", va="top")
+    figure.savefig(path, dpi=120)
+
+
+@torch.inference_mode()
+def answer_loss(model: PreTrainedModel, task: Task, *, length: int, texts: int, seed: int) -> float:
+    """Nats per asked token on texts that neither training nor an evaluation of that seed has."""
+    ids, targets = task.batch(texts, length=length, seed=2 * TRAINING_SEEDS + seed)
+    model.eval()
+    losses = []
+    for rows, wanted in zip(ids.split(8), targets.split(8), strict=True):
+        logits = model(input_ids=rows, use_cache=False).logits.float().mT
+        losses.append(cross_entropy(logits, wanted, ignore_index=IGNORED).item())
+    return sum(losses) / len(losses)

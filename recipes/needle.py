@@ -1,0 +1,59 @@
+"""A needle in a haystack: trained on at most 4K bytes, asked in up to 4M.
+
+    python recipes/needle.py                       every model, three seeds
+    python recipes/needle.py --models mal --seeds 0 --longest 64K
+    python recipes/needle.py --report
+
+RULER's S-NIAH-1 (`pytitans/evals/niah.py`), in bytes: a word's 7-digit number in noise. Short texts
+come first, since that is how a model learns to recall at all (docs/log.md). Models that keep or
+read the whole text are asked up to 16K. How runs are made and kept: `recipes/experiment.py`.
+"""
+
+import argparse
+from pathlib import Path
+
+from experiment import SHAPE, WHOLE, Experiment, all_models, build, lengths_to, run
+
+from pytitans.data.tokenizer import byte_tokenizer
+from pytitans.evals import load_task
+from pytitans.evals.command import length_of
+from pytitans.evals.training import Stage, answer_loss, task_arguments, train_on_tasks
+
+SHORT, LONG = ("1K", "2K", "4K", "8K", "16K", "64K"), ("256K", "1M", "2M", "4M")
+
+
+class Needle(Experiment):
+    models = all_models()
+
+    def train(self, name: str, folder: Path, rate: float, seed: int) -> float:
+        tokenizer = byte_tokenizer()
+        passkey, needle = (load_task(x, tokenizer) for x in ("passkey", "niah_single_1"))
+        stages = [
+            Stage([passkey], 96, 128, steps=self.steps(250), fill=4096),
+            Stage([passkey], 96, 256, steps=self.steps(100), fill=4096),
+            Stage([needle], 448, 640, steps=self.steps(200), fill=4096),
+            Stage([needle], 448, 2048, steps=self.steps(100), fill=4096),
+        ]
+        model = build(name, SHAPE, seed)
+        train_on_tasks(model, tokenizer, stages, task_arguments(folder, rate, seed))
+        return answer_loss(model, needle, length=1024, texts=64, seed=seed)
+
+    def evaluations(self, name: str) -> dict[str, list[str]]:
+        task, found = ["--task", "niah_single_1"], {}
+        for result, lengths, samples in (
+            ("niah_single_1", SHORT, self.args.samples),
+            ("niah_single_1_long", LONG, 1),
+        ):
+            asked = lengths_to(lengths, self.args.longest, name in WHOLE)
+            if asked:
+                found[result] = [*task, "--lengths", *asked, "--samples", str(samples)]
+        return found
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--longest", type=length_of, default=length_of("4M"))
+    parser.add_argument("--samples", type=int, default=8, help="for each of five depths, to 64K")
+
+
+if __name__ == "__main__":
+    raise SystemExit(run(Needle, __doc__, "runs/needle", add_arguments))
