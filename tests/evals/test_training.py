@@ -1,0 +1,115 @@
+"""Training on tasks: which texts, in which order; that it learns; that a stop changes nothing."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from tiny import tiny_config
+
+from pytitans import TitansForCausalLM
+from pytitans.data.tokenizer import byte_tokenizer
+from pytitans.data.windows import IGNORED
+from pytitans.evals import load_task
+from pytitans.evals.training import (
+    Stage,
+    TaskBatches,
+    answer_loss,
+    task_arguments,
+    train_on_tasks,
+)
+
+
+@pytest.fixture
+def tasks():
+    return [load_task(name, byte_tokenizer()) for name in ("parity", "modular_addition")]
+
+
+def model(seed: int = 0) -> TitansForCausalLM:
+    torch.manual_seed(seed)
+    return TitansForCausalLM(tiny_config("lmm", vocab_size=8, initializer_range=0.1))
+
+
+def test_batches_follow_the_stages(tasks):
+    stages = [Stage(tasks[:1], 4, 8, 40, fill=64), Stage(tasks, 10, 20, 40, fill=100)]
+    batches = [TaskBatches(stages, seed=3)[step] for step in range(80)]
+    lengths = [batch["input_ids"].shape[1] for batch in batches]
+    assert set(lengths[:40]) == {4, 5, 6, 7, 8} and min(lengths[40:]) >= 10
+    assert 15 <= lengths[40:].count(20) <= 30  # half of them are the longest
+    for step, batch in enumerate(batches):
+        assert batch["input_ids"].shape[0] == (64 if step < 40 else 100) // lengths[step]
+    digits = [bool(batch["input_ids"].max() > 1) for batch in batches]
+    assert digits == [False] * 40 + [False, True] * 20  # tasks take turns
+
+
+def test_no_text_comes_twice_nor_in_an_evaluation(tasks):
+    stages = [Stage(tasks[1:], 32, 32, 20, fill=256)]
+    seen = [tuple(row.tolist()) for b in (0, 1) for x in range(20)
+            for row in TaskBatches(stages, seed=b)[x]["input_ids"]]  # fmt: skip
+    assert len(set(seen)) == len(seen) == 320
+    for seed in (0, 1):
+        asked, _ = tasks[1].batch(100, length=32, seed=seed)
+        assert not {tuple(row.tolist()) for row in asked} & set(seen)
+
+
+def test_a_batch_is_the_same_whenever_asked_for(tasks):
+    batches = TaskBatches([Stage(tasks, 5, 30, 9, fill=90)], seed=1)
+    for step in (7, 0, 7):
+        again = TaskBatches([Stage(tasks, 5, 30, 9, fill=90)], seed=1)[step]
+        assert all(torch.equal(batches[step][name], again[name]) for name in again)
+
+
+def test_it_learns_parity_of_short_texts(tasks, tmp_path):
+    stages = [Stage(tasks[:1], 2, 4, 80, fill=256)]
+    trained = model()
+    before = answer_loss(trained, tasks[0], length=4, texts=32, seed=0)
+    args = task_arguments(tmp_path, 2e-2, 0, warmup_steps=5, logging_steps=20, save_steps=0.5)
+    facts = train_on_tasks(trained, byte_tokenizer(), stages, args, rest=0.0)
+    after = answer_loss(trained, tasks[0], length=4, texts=32, seed=0)
+    assert before > 0.69 and after < 0.5
+    assert [line[0] for line in facts["history"]] == [20, 40, 60, 80]
+    assert facts["history"][-1][2] > facts["history"][0][2]  # share of texts all right
+    assert json.loads((tmp_path / "run.json").read_text())["steps"] == 80
+    assert (tmp_path / "loss.png").stat().st_size > 0
+    assert TitansForCausalLM.from_pretrained(tmp_path).config.use_cache
+
+
+def test_goes_on_where_it_stopped(tasks, tmp_path):
+    stages = [Stage(tasks, 4, 12, 12, fill=64)]
+
+    def run(folder):
+        args = task_arguments(folder, 1e-2, 0, warmup_steps=2, logging_steps=4, save_steps=6,
+                              save_total_limit=None)  # fmt: skip
+        trained = model()
+        train_on_tasks(trained, byte_tokenizer(), stages, args, rest=0.0)
+        return trained.state_dict()
+
+    whole = run(tmp_path / "whole")
+    shutil.copytree(tmp_path / "whole" / "checkpoint-6", tmp_path / "cut" / "checkpoint-6")
+    cut = run(tmp_path / "cut")
+    assert all(torch.equal(whole[name], cut[name]) for name in whole)
+
+
+def test_rest_counts_all_other_tokens(tasks, tmp_path):
+    """With `rest` the loss is larger by that share of the plain next-token loss."""
+    losses = {}
+    for rest in (0.0, 0.5):
+        args = task_arguments(tmp_path / str(rest), 0.0, 0, logging_steps=1, bf16=False)
+        facts = train_on_tasks(model(), byte_tokenizer(), [Stage(tasks, 9, 9, 1)], args, rest=rest)
+        state = json.loads((tmp_path / str(rest) / "checkpoint-1/trainer_state.json").read_text())
+        losses[rest] = state["log_history"][0]["loss"], facts["history"][0][1]
+    assert losses[0.0][0] == pytest.approx(losses[0.0][1], abs=1e-4)  # the answers' alone
+    ids = TaskBatches([Stage(tasks, 9, 9, 1)], seed=0)[0]["input_ids"]
+    with torch.inference_mode():
+        logits = model()(input_ids=ids).logits
+    plain = torch.nn.functional.cross_entropy(logits[:, :-1].mT, ids[:, 1:]).item()
+    assert losses[0.5][0] - losses[0.0][0] == pytest.approx(0.5 * plain, abs=1e-3)
+
+
+def test_answer_loss_by_its_definition(tasks):
+    found = answer_loss(model(), tasks[1], length=10, texts=16, seed=4)
+    ids, targets = tasks[1].batch(16, length=10, seed=2 * 10**6 + 4)
+    with torch.inference_mode():
+        log_p = model().eval()(input_ids=ids).logits.log_softmax(-1)
+    asked = targets != IGNORED
+    assert found == pytest.approx(-log_p[asked, targets[asked]].mean().item(), rel=1e-5)
