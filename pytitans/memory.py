@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from pytitans.layers import RMSNorm, ShortConv, silu_mul, unit
 from pytitans.ops import MemoryState, initial_state, neural_memory, retrieve, rows
 
-GATE_FLOOR = 1e-4  # what a gate's sigmoid must exceed to open
+STEP_FLOOR = 0.03  # what the fourth power of a step's sigmoid must exceed to write anything
+FORGET_FLOOR = 1e-4  # likewise to forget: horizons of 10,000 tokens are within reach
 STEPS_A_CHUNK = 2.0  # what the largest steps of a chunk add up to
 MOMENTUM_START = 0.8  # an untrained layer's momentum
 EMPTY = 0.3  # size of M_0's answers without LayerNorm
@@ -54,18 +55,33 @@ class Closing(torch.autograd.Function):
         return torch.where((x > 0) | (grad < 0), grad, 0)
 
 
-def closing_gate(logit: Tensor) -> Tensor:
-    """From exactly 0 (logit below -2.2) to almost 1: sigmoid(logit)^4, stretched under 0, clamped.
+def closing_gate(logit: Tensor, floor: float) -> Tensor:
+    """From exactly 0 to almost 1: sigmoid(logit)^4, stretched by `floor` under 0, clamped.
 
     The fourth power makes steps of 1 / chunk_size and of 1 equally easy to learn.
     """
-    return Closing.apply((1 + GATE_FLOOR) * logit.sigmoid().pow(4) - GATE_FLOOR)
+    return Closing.apply((1 + floor) * logit.sigmoid().pow(4) - floor)
 
 
-def closing_logit(value: float) -> float:
-    """The logit at which `closing_gate` has this value."""
-    s = ((value + GATE_FLOOR) / (1 + GATE_FLOOR)) ** 0.25
+def closing_logit(value: float, floor: float) -> float:
+    """The logit at which `closing_gate` has this value; for 0 the largest."""
+    s = ((value + floor) / (1 + floor)) ** 0.25
     return math.log(s / (1 - s))
+
+
+def log_kept(forgotten: Tensor) -> Tensor:
+    """log of what is left, never all the way to log 0."""
+    return torch.log1p(-(1 - FORGET_FLOOR) * forgotten)
+
+
+class GateLogits(nn.Linear):
+    """The linear map to the gates, in float32 or wider whatever the model's dtype or autocast."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        with torch.autocast(input.device.type, enabled=False):
+            wide = torch.promote_types(self.weight.dtype, torch.float32)
+            weight, bias = self.weight.to(wide), self.bias.to(wide)
+            return F.linear(input.to(wide), weight, bias)
 
 
 class NeuralMemory(nn.Module):
@@ -123,7 +139,7 @@ class NeuralMemory(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim, bias=False)
         self.conv = ShortConv(3 * dim, conv_size) if conv_size else None
         self.gates = ["lr", *["momentum"] * momentum, *["decay"] * decay]
-        self.to_gates = nn.Linear(dim, len(self.gates) * num_heads * depth)
+        self.to_gates = GateLogits(dim, len(self.gates) * num_heads * depth)
         hidden = round(expansion * self.head_dim)
         widths = [self.head_dim, *[hidden] * (depth - 1), self.head_dim]
         self.M_0 = nn.ParameterList(torch.empty(num_heads, a, b) for a, b in pairwise(widths))
@@ -152,11 +168,12 @@ class NeuralMemory(nn.Module):
         nn.init.zeros_(self.to_gates.weight)
         step = 1 / (STEPS_A_CHUNK * max(1, self.depth - 1))  # every layer moves the answer
         heads, depth = self.num_heads, self.depth
-        fast, slow = (closing_logit(rate) for rate in FORGET_START)
-        kept = [closing_logit(0.0)] * (depth - 1)  # features outlive what was learned with them
+        fast, slow = (closing_logit(rate, FORGET_FLOOR) for rate in FORGET_START)
+        # features outlive what was learned with them
+        kept = [closing_logit(0.0, FORGET_FLOOR)] * (depth - 1)
         spread = [fast + (slow - fast) * i / max(1, heads - 1) for i in range(heads)]
         start = {
-            "lr": [closing_logit(step)] * heads * depth,
+            "lr": [closing_logit(step, STEP_FLOOR)] * heads * depth,
             "momentum": [math.log(MOMENTUM_START / (1 - MOMENTUM_START))] * heads * depth,
             "decay": [logit for last in spread for logit in [*kept, last]],
         }
@@ -240,21 +257,17 @@ class NeuralMemory(nn.Module):
 
     def gate_values(self, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """lr, log_momentum and log_decay [B, T, H, L] in float32; None where left out."""
-        with torch.autocast(x.device.type, enabled=False):
-            weight, bias = self.to_gates.weight, self.to_gates.bias
-            if weight.dtype.itemsize < 4:
-                weight, bias = weight.float(), bias.float()
-            logits = F.linear(x.to(weight.dtype), weight, bias)
-        logits = logits.unflatten(-1, (len(self.gates), self.num_heads, self.depth))
+        logits = self.to_gates(x).unflatten(-1, (len(self.gates), self.num_heads, self.depth))
         kinds = "momentum" in self.gates, "decay" in self.gates
         if rows.ready(logits) and logits.dtype == torch.float32:
-            found = list(rows.Gates.apply(logits, *kinds, self.largest_step, GATE_FLOOR))
+            floors = STEP_FLOOR, FORGET_FLOOR
+            found = list(rows.Gates.apply(logits, *kinds, self.largest_step, *floors))
             return tuple(rows.placed(found, kinds[0]))
         by_name = dict(zip(self.gates, logits.unbind(2), strict=True))
         momentum, decay = by_name.get("momentum"), by_name.get("decay")
-        lr = self.largest_step * closing_gate(by_name["lr"])
+        lr = self.largest_step * closing_gate(by_name["lr"], STEP_FLOOR)
         return (
             lr if momentum is None else lr * torch.sigmoid(-momentum),  # times 1 - momentum
             None if momentum is None else F.logsigmoid(momentum),
-            None if decay is None else torch.log1p(-(1 - GATE_FLOOR) * closing_gate(decay)),
+            None if decay is None else log_kept(closing_gate(decay, FORGET_FLOOR)),
         )

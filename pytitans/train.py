@@ -25,6 +25,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import transformers
+from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import (
     EvalPrediction,
@@ -43,6 +44,7 @@ from pytitans.data.text import TextData, head, load_text
 from pytitans.data.tokenizer import check_vocabulary
 from pytitans.data.windows import DrawnWindows, ScoredWindows, tokenize
 from pytitans.evaluate import window_nll
+from pytitans.penalty import GatePenalty
 from pytitans.report import Progress, plot_losses
 
 FACTS = "run.json"
@@ -76,7 +78,7 @@ def has_bf16() -> bool:
 
 @dataclass
 class TrainArguments(TrainingArguments):
-    """Hugging Face's TrainingArguments with this project's defaults and two options more.
+    """Hugging Face's TrainingArguments with this project's defaults and three options more.
 
     Args:
         output_dir: where checkpoints, model, logs and loss curve go; runs/VARIANT if not given
@@ -85,6 +87,8 @@ class TrainArguments(TrainingArguments):
             planned as fit
         per_device_train_batch_size: sequences of a step, on each device
         learning_rate: its peak, after the warm-up
+        gate_penalty: price on what a memory's gates write and forget (pytitans/penalty.py), for
+            texts a thousand times longer than those trained on
         warmup_steps: steps, or a share of all below 1
         bf16: bf16 autocast; the default is whether the hardware here has bf16 matmuls
         eval_steps: steps between evaluations, or a share of all below 1
@@ -97,6 +101,7 @@ class TrainArguments(TrainingArguments):
     max_steps: int = 600
     max_minutes: float | None = None
     eval_bytes: int = 50_000
+    gate_penalty: float = 0.0
     per_device_train_batch_size: int = 8
     per_device_eval_batch_size: int = 8
     learning_rate: float = 2e-3
@@ -194,7 +199,26 @@ def train(
 
 
 class TextTrainer(Trainer):
-    """The Trainer with windows in their order and weight decay on matrices alone."""
+    """The Trainer with windows in their order, weight decay on matrices alone, a price on gates."""
+
+    penalty: GatePenalty | None = None
+
+    def train(self, *args: Any, **options: Any):
+        assert isinstance(self.args, TrainArguments) and self.model is not None
+        if self.args.gate_penalty and self.penalty is None:
+            self.penalty = GatePenalty(self.model)
+        return super().train(*args, **options)
+
+    def compute_loss(self, model, inputs, return_outputs: bool = False, **options: Any) -> Any:
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **options)
+        loss = self.priced(model, loss)
+        return (loss, outputs) if return_outputs else loss
+
+    def priced(self, model, loss: Tensor) -> Tensor:
+        """The loss and the price of what the gates did for it."""
+        if self.penalty is None or not model.training:
+            return loss
+        return loss + self.args.gate_penalty * self.penalty.take()
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None):
         return torch.utils.data.SequentialSampler(train_dataset or self.train_dataset)  # type: ignore

@@ -5,7 +5,7 @@
 
 One model for the three tasks. Stories alone come first, then stories in 1K and 4K bytes of the
 training books. Asked are questions of bAbI's test file in the test books (`recipes/books.yaml` says
-which), of models that keep or read the whole text up to 16K. How runs are kept:
+which), of Llama, which keeps the whole text, up to 16K. How runs are kept:
 `recipes/experiment.py`.
 """
 

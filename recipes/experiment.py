@@ -35,7 +35,7 @@ DONE = "done.json"
 
 
 TITANS = ("mal", "mag", "mac", "lmm")
-WHOLE = ("llama", "mamba2_hf")  # keep or read the whole text: too much beyond MOST tokens
+WHOLE = ("llama",)  # keeps the whole text: too much beyond MOST tokens
 MOST = 16384
 SHAPE = {
     "hidden_size": 128,

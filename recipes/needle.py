@@ -5,8 +5,8 @@
     python recipes/needle.py --report
 
 RULER's S-NIAH-1 (`pytitans/evals/niah.py`), in bytes: a word's 7-digit number in noise. Short texts
-come first, since that is how a model learns to recall at all (docs/log.md). Models that keep or
-read the whole text are asked up to 16K. How runs are made and kept: `recipes/experiment.py`.
+come first, since that is how a model learns to recall at all (docs/log.md). Llama, which
+keeps the whole text, is asked up to 16K. How runs are made and kept: `recipes/experiment.py`.
 """
 
 import argparse

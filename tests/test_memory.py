@@ -15,16 +15,18 @@ def make(dim=32, heads=2, **options) -> NeuralMemory:
 
 
 def test_a_gate_can_do_exactly_nothing_and_almost_everything():
-    assert closing_gate(torch.tensor(-3.0)) == 0
-    assert closing_gate(torch.tensor(8.0)) > 0.99
-    for value in (1e-3, 0.01, 0.5):
-        torch.testing.assert_close(closing_gate(torch.tensor(closing_logit(value))).item(), value)
+    for floor in (1e-4, 0.03):
+        assert closing_gate(torch.tensor(-3.0), floor) == 0
+        assert closing_gate(torch.tensor(8.0), floor) > 0.99
+        for value in (1e-3, 0.01, 0.5):
+            logit = torch.tensor(closing_logit(value, floor))
+            torch.testing.assert_close(closing_gate(logit, floor).item(), value)
 
 
 def test_a_closed_gate_can_learn_to_open_and_stays_closed_otherwise():
     for wanted, moves in ((-1.0, True), (1.0, False)):
         logit = torch.tensor(-4.0, requires_grad=True)
-        (wanted * closing_gate(logit)).backward()
+        (wanted * closing_gate(logit, 0.03)).backward()
         assert bool(logit.grad != 0) is moves
 
 

@@ -42,6 +42,8 @@ def eval_task(argv: list[str]) -> int:
     add("--piece", type=int, default=PIECE, help="tokens that are read at once")
     add("--batch_size", type=int | None, help="examples side by side; what fits 32K tokens")
     add("--bf16", type=bool, default=False, help="bf16 autocast instead of the model's own type")
+    add("--give_up", type=bool, default=False,
+        help="ask nothing longer once nothing of a length is right")  # fmt: skip
     add("--label", type=str | None, help="the model's name in reports")
     add("--output", type=str | None, help="JSON of the results; a run that is there goes on")
     options = parse(parser, COMMAND, argv)
@@ -139,7 +141,7 @@ def prepare(options: "Namespace", folder: str, tokenizer: Any):
         run_task(
             model, task, results,
             lengths=lengths, depths=depths, samples=options.samples, seed=options.seed,
-            window=window, batch_size=options.batch_size, **reading,
+            window=window, batch_size=options.batch_size, give_up=options.give_up, **reading,
         )  # fmt: skip
 
     return run, asked

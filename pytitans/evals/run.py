@@ -32,12 +32,14 @@ def run_task(
     piece: int = PIECE,
     batch_size: int | None = None,
     bf16: bool = False,
+    give_up: bool = False,
     progress: bool = True,
 ) -> Results:
     """Scores `samples` examples at each length and depth (None: the task's own), the short ones
     first, and saves after each batch. A cell holds the score of every example, and their means.
 
-    batch_size None: as many as have 32,768 tokens together.
+    batch_size None: as many as have 32,768 tokens together. give_up: once nothing of a length is
+    right, at any depth, nothing longer is asked.
     """
     places = [(n, d) for n in sorted(lengths) for d in (task.depths if depths is None else depths)]
     vocabulary = model.config.get_text_config().vocab_size
@@ -47,6 +49,8 @@ def run_task(
     )  # fmt: skip
     with scoring(model, bf16), bar:
         for length, depth in places:
+            if give_up and lost(results, length):
+                continue
             cell = results.cell(length=length, depth=depth)
             scores = cell.setdefault("scores", [])
             bar.set_description(f"{task.name} {length:,}" + at_depth(depth), refresh=False)
@@ -71,6 +75,15 @@ def run_task(
             bar.set_postfix_str(f"accuracy {cell['accuracy']:.2f}", refresh=False)
     results.save(finished=True)
     return results
+
+
+def lost(results: Results, length: int) -> bool:
+    """Whether some shorter length was asked and none of its answers was right."""
+    shorter = {cell["length"] for cell in results.cells if cell["length"] < length}
+    return any(
+        not any(cell.get("accuracy") for cell in results.cells if cell["length"] == n)
+        for n in shorter
+    )
 
 
 def summarise(cell: dict[str, Any]) -> None:

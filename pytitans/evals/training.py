@@ -96,9 +96,7 @@ class TaskTrainer(TextTrainer):
 
     rest: float = 0.1
 
-    def compute_loss(
-        self, model, inputs, return_outputs: bool = False, num_items_in_batch=None
-    ) -> Any:
+    def compute_loss(self, model, inputs, return_outputs: bool = False, **options: Any) -> Any:
         ids, targets = inputs["input_ids"], inputs["targets"]
         outputs = model(input_ids=ids, use_cache=False)
         logits = outputs.logits.float().mT
@@ -109,6 +107,7 @@ class TaskTrainer(TextTrainer):
         if model.training:
             right = (logits.detach().argmax(1) == targets) | (targets == IGNORED)
             self.seen.append((answers.item(), right.all(1).float().mean().item()))
+        loss = self.priced(model, loss)
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], *args: Any, **options: Any) -> None:
@@ -180,6 +179,7 @@ def train_on_tasks(
         "learning_rate": args.learning_rate,
         "seed": args.seed,
         "rest": rest,
+        "gate_penalty": args.gate_penalty,
         "stages": [
             {
                 "tasks": [task.name for task in s.tasks],

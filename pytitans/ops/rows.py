@@ -25,8 +25,8 @@ ARGUMENTS = {  # i: int, n: int64, d: double, p: pointer
     "silu_mul_back": "iinnpnpnppnpn",
     "conv": "iinnnnnnnpppp",
     "conv_back": "iinnnnnnnppppppp",
-    "gates": "nniiddpppp",
-    "gates_back": "nniiddppppp",
+    "gates": "nniidddpppp",
+    "gates_back": "nniidddppppp",
 }
 KINDS = {"i": c_int, "n": c_int64, "d": c_double, "p": c_void_p}
 
@@ -173,16 +173,17 @@ def pointers(tensors: list[Tensor]):
 
 class Gates(torch.autograd.Function):
     """Logits [..., kinds, H, L] in float32 to lr and, of the kinds there are, log_momentum and
-    log_decay, [..., H, L] each; see `pytitans.memory.closing_gate`."""
+    log_decay, [..., H, L] each. floors: of the step size and of forgetting, see
+    `pytitans.memory.closing_gate`."""
 
     @staticmethod
-    def forward(ctx, logits: Tensor, momentum: bool, decay: bool, largest: float, floor: float):
+    def forward(ctx, logits: Tensor, momentum: bool, decay: bool, largest: float, *floors: float):
         logits = logits.contiguous()
         kinds = 1 + momentum + decay
         shape = (*logits.shape[:-3], *logits.shape[-2:])
         D = shape[-1] * shape[-2]
         out = [logits.new_empty(shape) for _ in range(kinds)]
-        ctx.numbers = out[0].numel() // D, D, int(momentum), int(decay), largest, floor
+        ctx.numbers = out[0].numel() // D, D, int(momentum), int(decay), largest, *floors
         call("gates", *ctx.numbers, logits, *placed(out, momentum))
         ctx.save_for_backward(logits)
         ctx.set_materialize_grads(False)
@@ -195,7 +196,7 @@ class Gates(torch.autograd.Function):
         g_logits = torch.empty_like(logits)
         grads = [None if g is None else g.contiguous() for g in grads]
         call("gates_back", *ctx.numbers, logits, *placed(grads, bool(ctx.numbers[2])), g_logits)
-        return g_logits, None, None, None, None
+        return g_logits, *[None] * 5
 
 
 def placed(tensors: list, momentum: bool) -> list:

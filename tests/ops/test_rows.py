@@ -142,7 +142,7 @@ def test_gates(momentum, decay):
 
 def test_closed_gate_reopens_only_where_that_lowers_the_loss():
     logits = torch.full((1, 1, 1, 2), -9.0, requires_grad=True)
-    (lr,) = rows.Gates.apply(logits, False, False, 1.0, 1e-4)
+    (lr,) = rows.Gates.apply(logits, False, False, 1.0, 0.03, 1e-4)
     (lr * torch.tensor([1.0, -1.0])).sum().backward()
     assert lr.eq(0).all()
     closed, wanted = logits.grad.flatten()

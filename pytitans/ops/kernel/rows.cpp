@@ -223,7 +223,7 @@ void conv_back(const Conv& c, const T* x, const T* tail, const float* weight, co
 }
 
 // The memory's gates: logits [n, kinds, D] to a step size, a log momentum and a log decay, each
-// [n, D]. Kinds in this order, the last two optional. `floor` as in closing_gate.
+// [n, D]. Kinds in this order, the last two optional. Floors as in closing_gate.
 struct Closing {
   float floor, s, s4, value;  // value = max((1 + floor) * sigmoid^4 - floor, 0)
   Closing(float x, float floor) : floor(floor), s(sigmoid(x)) {
@@ -235,25 +235,28 @@ struct Closing {
   }
 };
 
-void gates(int64_t n, int64_t D, bool momentum, bool decay, float largest, float floor,
-           const float* logits, float* lr, float* log_momentum, float* log_decay) {
+void gates(int64_t n, int64_t D, bool momentum, bool decay, float largest, float step_floor,
+           float forget_floor, const float* logits, float* lr, float* log_momentum, float* log_decay) {
   int64_t kinds = 1 + momentum + decay;
   for (int64_t i = 0; i < n; i++)
     for (int64_t d = 0; d < D; d++) {
       const float* x = logits + i * kinds * D + d;
       int64_t at = i * D + d;
-      lr[at] = largest * Closing(x[0], floor).value;
+      lr[at] = largest * Closing(x[0], step_floor).value;
       if (momentum) {
         float m = x[D], small = std::log1p(exponential(-std::fabs(m)));
         lr[at] *= sigmoid(-m);
         log_momentum[at] = std::min(m, 0.0f) - small;
       }
-      if (decay) log_decay[at] = std::log1p(-(1 - floor) * Closing(x[(1 + momentum) * D], floor).value);
+      if (decay) {
+        Closing forget(x[(1 + momentum) * D], forget_floor);
+        log_decay[at] = std::log1p(-(1 - forget_floor) * forget.value);
+      }
     }
 }
 
-void gates_back(int64_t n, int64_t D, bool momentum, bool decay, float largest, float floor,
-                const float* logits, const float* g_lr, const float* g_log_momentum,
+void gates_back(int64_t n, int64_t D, bool momentum, bool decay, float largest, float step_floor,
+                float forget_floor, const float* logits, const float* g_lr, const float* g_log_momentum,
                 const float* g_log_decay, float* g_logits) {
   int64_t kinds = 1 + momentum + decay;
   for (int64_t i = 0; i < n; i++)
@@ -261,7 +264,7 @@ void gates_back(int64_t n, int64_t D, bool momentum, bool decay, float largest, 
       const float* x = logits + i * kinds * D + d;
       float* g = g_logits + i * kinds * D + d;
       int64_t at = i * D + d;
-      Closing step(x[0], floor);
+      Closing step(x[0], step_floor);
       float up = g_lr ? g_lr[at] * largest : 0;
       if (momentum) {
         float off = sigmoid(-x[D]);
@@ -271,8 +274,8 @@ void gates_back(int64_t n, int64_t D, bool momentum, bool decay, float largest, 
         g[0] = step.back(up);
       }
       if (decay) {
-        Closing forget(x[(1 + momentum) * D], floor);
-        float slope = -(1 - floor) / (1 - (1 - floor) * forget.value);
+        Closing forget(x[(1 + momentum) * D], forget_floor);
+        float slope = -(1 - forget_floor) / (1 - (1 - forget_floor) * forget.value);
         g[(1 + momentum) * D] = g_log_decay ? forget.back(g_log_decay[at] * slope) : 0;
       }
     }
@@ -324,15 +327,17 @@ void pytitans_conv_back(int narrow, int threads, int64_t B, int64_t T_, int64_t 
   BOTH(conv_back<T>(c, (const T*)x, (const T*)tail, weight, (const T* const*)g_y, (T*)g_x,
                     (T*)g_tail, g_weight, threads))
 }
-void pytitans_gates(int64_t n, int64_t D, int momentum, int decay, double largest, double floor,
-                    const float* logits, float* lr, float* log_momentum, float* log_decay) {
-  gates(n, D, momentum, decay, largest, floor, logits, lr, log_momentum, log_decay);
+void pytitans_gates(int64_t n, int64_t D, int momentum, int decay, double largest,
+                    double step_floor, double forget_floor, const float* logits, float* lr, float* log_momentum, float* log_decay) {
+  gates(n, D, momentum, decay, largest, step_floor, forget_floor, logits, lr, log_momentum,
+        log_decay);
 }
 void pytitans_gates_back(int64_t n, int64_t D, int momentum, int decay, double largest,
-                         double floor, const float* logits, const float* g_lr,
+                         double step_floor, double forget_floor, const float* logits,
+                         const float* g_lr,
                          const float* g_log_momentum, const float* g_log_decay, float* g_logits) {
-  gates_back(n, D, momentum, decay, largest, floor, logits, g_lr, g_log_momentum, g_log_decay,
-             g_logits);
+  gates_back(n, D, momentum, decay, largest, step_floor, forget_floor, logits, g_lr,
+             g_log_momentum, g_log_decay, g_logits);
 }
 
 }
