@@ -354,12 +354,16 @@ def model_config(options: "Namespace", tokenizer: "PreTrainedTokenizerFast") -> 
 
 
 def model_folder(name: str) -> str:
-    """The name; of a run that was stopped, its last checkpoint."""
+    """The name; of a run that was stopped, its last checkpoint; of a released model, its folder."""
     from transformers.trainer_utils import get_last_checkpoint
 
+    from pytitans.released import released_folder
+
     folder = Path(name).expanduser()
-    if not folder.is_dir() or (folder / "config.json").exists():
-        return str(folder) if folder.is_dir() else name
+    if not folder.is_dir():
+        return released_folder(name) or name
+    if (folder / "config.json").exists():
+        return str(folder)
     last = get_last_checkpoint(str(folder))
     if last is None:
         raise ValueError(f"{name!r} holds no model: no config.json and no checkpoint is in it")

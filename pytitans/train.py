@@ -158,6 +158,7 @@ def train(
     trainer = TextTrainer(
         model=model,
         args=args,
+        gate_penalty=args.gate_penalty,
         train_dataset=DrawnWindows(text, length, args.max_steps * sequences, args.seed),
         eval_dataset=ScoredWindows(held_out, length),
         processing_class=tokenizer,
@@ -201,16 +202,16 @@ def train(
 class TextTrainer(Trainer):
     """The Trainer with windows in their order, weight decay on matrices alone, a price on gates."""
 
-    penalty: GatePenalty | None = None
+    def __init__(self, *args: Any, gate_penalty: float = 0.0, **options: Any):
+        super().__init__(*args, **options)
+        assert self.model is not None
+        self.price = gate_penalty
+        self.penalty = GatePenalty(self.model) if gate_penalty else None
 
-    def train(self, *args: Any, **options: Any):
-        assert isinstance(self.args, TrainArguments) and self.model is not None
-        if self.args.gate_penalty and self.penalty is None:
-            self.penalty = GatePenalty(self.model)
-        return super().train(*args, **options)
-
-    def compute_loss(self, model, inputs, return_outputs: bool = False, **options: Any) -> Any:
-        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **options)
+    def compute_loss(
+        self, model, inputs, return_outputs: bool = False, num_items_in_batch=None
+    ) -> Any:
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         loss = self.priced(model, loss)
         return (loss, outputs) if return_outputs else loss
 
@@ -218,7 +219,7 @@ class TextTrainer(Trainer):
         """The loss and the price of what the gates did for it."""
         if self.penalty is None or not model.training:
             return loss
-        return loss + self.args.gate_penalty * self.penalty.take()
+        return loss + self.price * self.penalty.take()
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None):
         return torch.utils.data.SequentialSampler(train_dataset or self.train_dataset)  # type: ignore

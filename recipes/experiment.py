@@ -126,6 +126,10 @@ def sweep_job(experiment: Experiment, name: str, rate: float, output: Path) -> N
 def seed_job(experiment: Experiment, name: str, seed: int, output: Path) -> None:
     rate = chosen(experiment.swept(name), output)
     folder, done = output / f"{name}-seed{seed}", output / "sweep" / f"{name}-lr{rate:g}"
+    if (folder / DONE).exists() and json.loads((folder / DONE).read_text())["rate"] != rate:
+        shutil.rmtree(folder)  # of an earlier, smaller sweep
+        for result in (output / "results").glob(f"*-{folder.name}.json"):
+            result.unlink()
     if seed == 0 and not folder.exists() and done.exists():
         shutil.copytree(done, folder)
     train_once(experiment, name, folder, rate, seed)
@@ -137,12 +141,21 @@ def evaluate(experiment: Experiment, name: str, seed: int, output: Path) -> None
 
     folder = output / f"{name}-seed{seed}"
     for result, argv in experiment.evaluations(name).items():
+        if result.endswith("_long") and lost(output, result.removesuffix("_long"), folder.name):
+            continue
         path = output / "results" / f"{result}-{name}-seed{seed}.json"
         finished = path.exists() and json.loads(path.read_text())["finished"]
         if not finished:
             where = ["--model", str(folder), "--label", folder.name, "--output", str(path)]
             if titans(["eval", *argv, *where]):
                 raise RuntimeError(f"titans eval {' '.join([*argv, *where])} failed")
+
+
+def lost(output: Path, result: str, model: str) -> bool:
+    """Whether nothing was right at the longest length that was asked."""
+    cells = json.loads((output / "results" / f"{result}-{model}.json").read_text())["cells"]
+    longest = max(cell["length"] for cell in cells)
+    return not any(cell["accuracy"] for cell in cells if cell["length"] == longest)
 
 
 def losses(name: str, output: Path) -> dict[float, float]:
@@ -216,7 +229,7 @@ def run(
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--models", nargs="*", help="some of the models, by name (default: all)")
+    parser.add_argument("--models", nargs="*", help="some of the models, in order (default: all)")
     parser.add_argument("--seeds", type=int, nargs="*", default=list(seeds))
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs side by side")
     parser.add_argument("--output", type=Path, default=Path(output))
@@ -231,7 +244,7 @@ def run(
     if unknown:
         known = ", ".join(experiment.models)
         parser.error(f"unknown models {', '.join(sorted(unknown))}: choose of {known}")
-    names = [name for name in experiment.models if args.models is None or name in args.models]
+    names = args.models or list(experiment.models)
     failures, output = [], Path(str(args.output).format(**vars(args)))
     if not args.report:
         os.environ["OMP_NUM_THREADS"] = "1"  # of the runs side by side, each has one

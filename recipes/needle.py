@@ -5,8 +5,9 @@
     python recipes/needle.py --report
 
 RULER's S-NIAH-1 (`pytitans/evals/niah.py`), in bytes: a word's 7-digit number in noise. Short texts
-come first, since that is how a model learns to recall at all (docs/log.md). Llama, which
-keeps the whole text, is asked up to 16K. How runs are made and kept: `recipes/experiment.py`.
+come first, since that is how a model learns to recall at all (docs/log.md). Llama, which keeps the
+whole text, is asked up to 16K; no model is asked more once it finds nothing. How runs are made and
+kept: `recipes/experiment.py`.
 """
 
 import argparse
@@ -32,10 +33,12 @@ class Needle(Experiment):
             Stage([passkey], 96, 128, steps=self.steps(250), fill=4096),
             Stage([passkey], 96, 256, steps=self.steps(100), fill=4096),
             Stage([needle], 448, 640, steps=self.steps(200), fill=4096),
-            Stage([needle], 448, 2048, steps=self.steps(100), fill=4096),
+            Stage([needle], 448, 2048, steps=self.steps(150)),
+            Stage([needle], 1024, 4096, steps=self.steps(50)),
         ]
         model = build(name, SHAPE, seed)
-        train_on_tasks(model, tokenizer, stages, task_arguments(folder, rate, seed))
+        args = task_arguments(folder, rate, seed, gate_penalty=0.03)
+        train_on_tasks(model, tokenizer, stages, args)
         return answer_loss(model, needle, length=1024, texts=64, seed=seed)
 
     def evaluations(self, name: str) -> dict[str, list[str]]:
@@ -47,6 +50,7 @@ class Needle(Experiment):
             asked = lengths_to(lengths, self.args.longest, name in WHOLE)
             if asked:
                 found[result] = [*task, "--lengths", *asked, "--samples", str(samples)]
+                found[result] += ["--give_up", "true"]
         return found
 
 

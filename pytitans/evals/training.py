@@ -96,7 +96,9 @@ class TaskTrainer(TextTrainer):
 
     rest: float = 0.1
 
-    def compute_loss(self, model, inputs, return_outputs: bool = False, **options: Any) -> Any:
+    def compute_loss(
+        self, model, inputs, return_outputs: bool = False, num_items_in_batch=None
+    ) -> Any:
         ids, targets = inputs["input_ids"], inputs["targets"]
         outputs = model(input_ids=ids, use_cache=False)
         logits = outputs.logits.float().mT
@@ -151,10 +153,12 @@ def train_on_tasks(
     args.max_steps, args.eval_strategy = len(batches), "no"
     args.per_device_train_batch_size = 1  # a batch is ready-made
     args.remove_unused_columns = False  # of the batch: the targets, which no model takes
-    progress, stop = TaskProgress(1.0, stages[-1].fill), StopOnSignal()
+    tokens = sum(stage.steps * stage.fill for stage in stages) // len(batches)
+    progress, stop = TaskProgress(1.0, tokens), StopOnSignal()
     trainer = TaskTrainer(
         model=model,
         args=args,
+        gate_penalty=args.gate_penalty,
         train_dataset=batches,
         processing_class=tokenizer,
         data_collator=lambda rows: rows[0],

@@ -1,0 +1,82 @@
+"""Trains the small models that come with the package, `pytitans/released/NAME`.
+
+    python recipes/release.py needle --data "books/*.txt.xz"
+    python recipes/release.py books --data "books/*.txt.xz"
+
+`needle` finds numbers in texts of millions of bytes (RULER's S-NIAH-1 and 2), `books` predicts the
+bytes of English novels. Each takes less than an hour on two cores and goes on where it was stopped.
+The books held out are those of `recipes/books.yaml`. What they score is in their model cards.
+"""
+
+import argparse
+import glob
+import shutil
+from pathlib import Path
+
+from experiment import SHAPE, build
+from language import HELD_OUT
+from transformers.trainer_utils import get_last_checkpoint
+
+from pytitans.data.text import TextData
+from pytitans.data.tokenizer import byte_tokenizer
+from pytitans.evals import load_task
+from pytitans.evals.training import Stage, task_arguments, train_on_tasks
+from pytitans.train import TrainArguments, train
+
+KEPT = (
+    "config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
+    "tokenizer_config.json", "run.json", "loss.png",
+)  # fmt: skip
+
+
+def needle(files: list[str], folder: Path, seed: int) -> None:
+    kept = [book for books in HELD_OUT.values() for book in books]
+    books = [path for name in files for path in sorted(glob.glob(name))]
+    books = [path for path in books if not any(book in path for book in kept)]
+    tokenizer = byte_tokenizer()
+    passkey, in_noise, in_books = (
+        load_task(name, tokenizer, files=books)
+        for name in ("passkey", "niah_single_1", "niah_single_2")
+    )
+    stages = [
+        Stage([passkey], 96, 128, steps=250, fill=4096),
+        Stage([passkey], 96, 256, steps=100, fill=4096),
+        Stage([in_noise, in_books], 448, 640, steps=400),
+        Stage([in_noise, in_books], 640, 4096, steps=450),
+    ]
+    args = task_arguments(folder, 2e-3, seed, gate_penalty=0.03, save_steps=0.1)
+    train_on_tasks(build("mal", SHAPE, seed), tokenizer, stages, args)
+
+
+def books(files: list[str], folder: Path, seed: int) -> None:
+    args = TrainArguments(
+        output_dir=str(folder), max_steps=6000, learning_rate=3e-3, seed=seed,
+        per_device_train_batch_size=4, eval_steps=0.1, save_steps=0.1, report_to="none",
+    )  # fmt: skip
+    data = TextData(files=files, sequence_length=1024, **HELD_OUT)
+    checkpoint = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    model = build("mal", SHAPE | {"window": 128, "segment_len": 128}, seed)
+    train(model, byte_tokenizer(), data, args, checkpoint=checkpoint)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("name", choices=("needle", "books"))
+    parser.add_argument("--data", nargs="+", required=True, help="the books: files or globs")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", type=Path, help="of the run (default: runs/released/NAME)")
+    args = parser.parse_args()
+    folder = args.output or Path("runs/released") / args.name
+    {"needle": needle, "books": books}[args.name](args.data, folder, args.seed)
+    released = folder / "released"  # without checkpoints, as it is in the package
+    released.mkdir(exist_ok=True)
+    for name in KEPT:
+        if (folder / name).exists():
+            shutil.copyfile(folder / name, released / name)
+    print(f"to be released, with a README.md: {released}")
+
+
+if __name__ == "__main__":
+    main()
