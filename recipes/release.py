@@ -39,10 +39,10 @@ def needle(files: list[str], folder: Path, seed: int) -> None:
         for name in ("passkey", "niah_single_1", "niah_single_2")
     )
     stages = [
-        Stage([passkey], 96, 128, steps=250, fill=4096),
+        Stage([passkey], 96, 128, steps=200, fill=4096),
         Stage([passkey], 96, 256, steps=100, fill=4096),
-        Stage([in_noise, in_books], 448, 640, steps=400),
-        Stage([in_noise, in_books], 640, 4096, steps=450),
+        Stage([in_noise, in_books], 448, 640, steps=250),
+        Stage([in_noise, in_books], 640, 4096, steps=350),
     ]
     args = task_arguments(folder, 2e-3, seed, gate_penalty=0.03, save_steps=0.1)
     train_on_tasks(build("mal", SHAPE, seed), tokenizer, stages, args)
