@@ -69,6 +69,20 @@ def test_a_stopped_run_goes_on(tmp_path, model, monkeypatch):
     assert scores(path) == scores(tmp_path / "whole.json")
 
 
+@pytest.mark.parametrize("found", [True, False])
+def test_gives_up_after_a_length_at_which_nothing_is_right(tmp_path, model, monkeypatch, found):
+    def scored(model, examples, **options):
+        right = float(found and len(examples[0].ids) == 84)
+        return [(right, right, right, 1.0)] * len(examples)
+
+    monkeypatch.setattr(running, "score_examples", scored)
+    results = Results(tmp_path / "x.json", {"task": "passkey"})
+    options = {"lengths": [84, 90, 96], "samples": 1, "depths": [0, 100], "progress": False}
+    run_task(model, load_task("passkey", BYTES), results, give_up=True, **options)
+    assert {cell["length"] for cell in results.cells} == ({84, 90} if found else {84})
+    assert len(results.cells) == (4 if found else 2)  # every depth of a length that is asked
+
+
 def test_command_line_of_each_kind(folder, capsys):
     assert evaluate("--task", "passkey", "--lengths", "128", "1K", "--depths", "0", "50",
                     "--samples", "2", "--output", "out/a.json") == 0  # fmt: skip
