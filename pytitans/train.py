@@ -212,14 +212,14 @@ class TextTrainer(Trainer):
         self, model, inputs, return_outputs: bool = False, num_items_in_batch=None
     ) -> Any:
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-        loss = self.priced(model, loss)
+        loss = self.priced(model, loss, self.price)
         return (loss, outputs) if return_outputs else loss
 
-    def priced(self, model, loss: Tensor) -> Tensor:
+    def priced(self, model, loss: Tensor, price: float | Tensor) -> Tensor:
         """The loss and the price of what the gates did for it."""
         if self.penalty is None or not model.training:
             return loss
-        return loss + self.price * self.penalty.take()
+        return loss + price * self.penalty.take()
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None):
         return torch.utils.data.SequentialSampler(train_dataset or self.train_dataset)  # type: ignore

@@ -23,6 +23,8 @@ import json
 import os
 import shutil
 import sys
+import threading
+import time
 import traceback
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -185,10 +187,22 @@ def attempt(job, *args) -> str | None:
     return None
 
 
+def end_with_parent() -> None:
+    """Ends a worker whose parent was killed; it would go on training, beside whoever takes over."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 def run_all(jobs: Sequence[tuple], workers: int) -> list[str]:
     """Runs the jobs, `workers` at a time; a line for each; returns the failures."""
     failures = []
-    with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
+    with ProcessPoolExecutor(workers, get_context("spawn"), end_with_parent) as pool:
         futures = {pool.submit(attempt, *job): job for job in jobs}
         for number, future in enumerate(as_completed(futures), 1):
             job = futures[future]

@@ -33,12 +33,11 @@ class Needle(Experiment):
             Stage([passkey], 96, 128, steps=self.steps(250), fill=4096),
             Stage([passkey], 96, 256, steps=self.steps(100), fill=4096),
             Stage([needle], 448, 640, steps=self.steps(200), fill=4096),
-            Stage([needle], 448, 2048, steps=self.steps(150)),
-            Stage([needle], 1024, 4096, steps=self.steps(50)),
+            Stage([needle], 448, 2048, steps=self.steps(150), gate_penalty=0.03),
+            Stage([needle], 1024, 4096, steps=self.steps(50), gate_penalty=0.03),
         ]
         model = build(name, SHAPE, seed)
-        args = task_arguments(folder, rate, seed, gate_penalty=0.03)
-        train_on_tasks(model, tokenizer, stages, args)
+        train_on_tasks(model, tokenizer, stages, task_arguments(folder, rate, seed))
         return answer_loss(model, needle, length=1024, texts=64, seed=seed)
 
     def evaluations(self, name: str) -> dict[str, list[str]]:

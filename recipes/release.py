@@ -40,11 +40,11 @@ def needle(files: list[str], folder: Path, seed: int) -> None:
     )
     stages = [
         Stage([passkey], 96, 128, steps=200, fill=4096),
-        Stage([passkey], 96, 256, steps=100, fill=4096),
-        Stage([in_noise, in_books], 448, 640, steps=250),
-        Stage([in_noise, in_books], 640, 4096, steps=350),
+        Stage([in_noise, in_books], 448, 640, steps=350),
+        Stage([in_noise, in_books], 640, 2048, steps=150),
+        Stage([in_noise, in_books], 640, 4096, steps=250, gate_penalty=0.03),
     ]
-    args = task_arguments(folder, 2e-3, seed, gate_penalty=0.03, save_steps=0.1)
+    args = task_arguments(folder, 2e-3, seed, save_steps=0.1)
     train_on_tasks(build("mal", SHAPE, seed), tokenizer, stages, args)
 
 

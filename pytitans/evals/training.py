@@ -60,6 +60,8 @@ class Stage:
     """`steps` steps on tasks that take turns, on texts of `shortest` to `longest` tokens.
 
     fill: tokens of a step; a step has as many texts as fit into it, one at least.
+    gate_penalty: price on open gates (`pytitans.penalty`), for the last stages: in the first ones
+        it would close a memory that is of no use yet for good.
     """
 
     tasks: Sequence[Task]
@@ -67,6 +69,7 @@ class Stage:
     longest: int
     steps: int
     fill: int = 8192
+    gate_penalty: float = 0.0
 
 
 class TaskBatches(Dataset):
@@ -88,7 +91,8 @@ class TaskBatches(Dataset):
         count = max(1, stage.fill // (length or ALONE))
         task = stage.tasks[step % len(stage.tasks)]
         ids, targets = task.batch(count, length=length, seed=seed, first=step * stage.fill)
-        return {"input_ids": ids, "targets": targets}
+        price = torch.tensor(stage.gate_penalty)
+        return {"input_ids": ids, "targets": targets, "price": price}
 
 
 class TaskTrainer(TextTrainer):
@@ -109,7 +113,7 @@ class TaskTrainer(TextTrainer):
         if model.training:
             right = (logits.detach().argmax(1) == targets) | (targets == IGNORED)
             self.seen.append((answers.item(), right.all(1).float().mean().item()))
-        loss = self.priced(model, loss)
+        loss = self.priced(model, loss, inputs["price"])
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], *args: Any, **options: Any) -> None:
@@ -158,7 +162,7 @@ def train_on_tasks(
     trainer = TaskTrainer(
         model=model,
         args=args,
-        gate_penalty=args.gate_penalty,
+        gate_penalty=max(stage.gate_penalty for stage in stages),
         train_dataset=batches,
         processing_class=tokenizer,
         data_collator=lambda rows: rows[0],
@@ -183,13 +187,13 @@ def train_on_tasks(
         "learning_rate": args.learning_rate,
         "seed": args.seed,
         "rest": rest,
-        "gate_penalty": args.gate_penalty,
         "stages": [
             {
                 "tasks": [task.name for task in s.tasks],
                 "lengths": [s.shortest, s.longest],
                 "steps": s.steps,
                 "fill": s.fill,
+                "gate_penalty": s.gate_penalty,
             }
             for s in stages
         ],
