@@ -40,7 +40,8 @@ def needle(files: list[str], folder: Path, seed: int) -> None:
     )
     stages = [
         Stage([passkey], 96, 128, steps=200, fill=4096),
-        Stage([in_noise, in_books], 448, 640, steps=350),
+        Stage([passkey], 96, 256, steps=100, fill=4096),
+        Stage([in_noise, in_books], 448, 640, steps=450),
         Stage([in_noise, in_books], 640, 2048, steps=150),
         Stage([in_noise, in_books], 640, 4096, steps=250, gate_penalty=0.03),
     ]
