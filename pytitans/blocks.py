@@ -47,9 +47,9 @@ class Block(nn.Module):
         They are the same for every row, so one row reads them; they end a chunk, so that the
         sequence's own chunks begin at its first token.
         """
-        answers, state = self.memory(self.norm(self.persistent))
-        memory = MemoryState(state.memory.M, state.memory.S, state.memory.M, 0)
-        return answers, state._replace(memory=memory)
+        answers, (memory, tail) = self.memory(self.norm(self.persistent))
+        memory = MemoryState(memory.M, memory.S, memory.M, 0)
+        return answers, LayerState(memory, tail)
 
 
 class LMM(Block):

@@ -1,8 +1,7 @@
 """NeuralMemory: the long-term memory as a layer (Titans, sections 3.1 and 4.4).
 
     q, k, v  linear, causal depthwise convolution, SiLU; q and k of norm 1
-    gates    linear on the input: one step size, momentum and decay per head and per memory layer;
-             steps shrink by what the chunk has already written along a token's key
+    gates    linear on the input: one step size, momentum and decay per head and per memory layer
     M_t      written and read by `pytitans.ops.neural_memory`; M_0 is learned per head
     out      RMSNorm per head, a SiLU gate from the input, linear
 
@@ -17,12 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pytitans.layers import RMSNorm, ShortConv, last_tokens, silu_mul, unit
+from pytitans.layers import RMSNorm, ShortConv, silu_mul, unit
 from pytitans.ops import MemoryState, initial_state, neural_memory, retrieve, rows
 
 STEP_FLOOR = 0.03  # what the fourth power of a step's sigmoid must exceed to write anything
 FORGET_FLOOR = 1e-4  # likewise to forget: horizons of 10,000 tokens are within reach
-STEPS_A_CHUNK = 2.0  # what the largest steps along one key add up to in a chunk
+STEPS_A_CHUNK = 2.0  # what the largest steps of a chunk add up to
 MOMENTUM_START = 0.8  # an untrained layer's momentum
 EMPTY = 0.3  # size of M_0's answers without LayerNorm
 FORGET_START = (
@@ -32,11 +31,10 @@ FORGET_START = (
 
 
 class LayerState(NamedTuple):
-    """What outlives a call of `NeuralMemory`: the memory, and what later tokens need."""
+    """What outlives a call of `NeuralMemory`: the memory, and the convolution's last tokens."""
 
     memory: MemoryState
-    tail: Tensor  # [B, conv_size - 1, 3 D]: the convolution's last tokens
-    keys: Tensor  # [B, chunk_size - 1, H, K]: the last keys, of which some are of the open chunk
+    tail: Tensor  # [B, conv_size - 1, 3 D]
 
 
 class Closing(torch.autograd.Function):
@@ -132,8 +130,8 @@ class NeuralMemory(nn.Module):
             raise ValueError(f"chunk_size={chunk_size} is not a number of tokens: use 1 or more")
         self.dim, self.num_heads, self.head_dim = dim, num_heads, dim // num_heads
         self.chunk_size, self.depth = chunk_size, depth
-        # gradients frozen over a chunk add up: its n-th token of one key takes a step of 1 / n
-        self.largest_step = min(1.0, STEPS_A_CHUNK / sum(1 / n for n in range(1, chunk_size + 1)))
+        # gradients frozen over a chunk add up: the more tokens share one, the smaller their steps
+        self.largest_step = min(1.0, STEPS_A_CHUNK / chunk_size)
         self.options = {"activation": activation, "objective": objective, "online": online}
         # of the size of M_0's answers: however small forgetting makes them, LayerNorm then cannot
         # enlarge a step without bound, and a memory that knows nothing answers nothing
@@ -169,8 +167,6 @@ class NeuralMemory(nn.Module):
             nn.init.zeros_(bias)
         nn.init.zeros_(self.to_gates.weight)
         step = 1 / (STEPS_A_CHUNK * max(1, self.depth - 1))  # every layer moves the answer
-        if self.norm is None and self.depth > 1:
-            step /= 2  # a repeated token makes its features grow, and with them its steps
         heads, depth = self.num_heads, self.depth
         fast, slow = (closing_logit(rate, FORGET_FLOOR) for rate in FORGET_START)
         # features outlive what was learned with them
@@ -192,8 +188,7 @@ class NeuralMemory(nn.Module):
         M = tuple(W.expand(batch_size, *W.shape) for W in wide)
         reach = self.conv.weight.shape[0] - 1 if self.conv is not None else 0
         tail = self.qkv.weight.new_zeros(batch_size, reach, 3 * self.dim)
-        keys = tail.new_zeros(batch_size, self.chunk_size - 1, self.num_heads, self.head_dim)
-        return LayerState(initial_state(M), tail, keys)
+        return LayerState(initial_state(M), tail)
 
     def forward(
         self, x: Tensor, state: LayerState | None = None, lengths: Tensor | None = None
@@ -216,52 +211,12 @@ class NeuralMemory(nn.Module):
         mask = None
         if lengths is not None:
             mask = torch.arange(x.shape[1], device=x.device) < lengths[:, None]
-        gates, keys = self.bounded_gates(x, k, state, lengths)
         retrieved, memory = neural_memory(
-            q, k, v, *gates, state.memory,
+            q, k, v, *self.gate_values(x), state.memory,
             chunk_size=self.chunk_size, norm=self.norm, norm_eps=self.norm_eps,
             mask=mask, **self.options,
         )  # fmt: skip
-        return retrieved, LayerState(memory, tail, keys)
-
-    def bounded_gates(
-        self, x: Tensor, k: Tensor, state: LayerState, lengths: Tensor | None = None
-    ) -> tuple[tuple[Tensor, Tensor | None, Tensor | None], Tensor]:
-        """`gate_values` of x with steps divided by 1 + `overlap` of keys k, and the last keys.
-
-        A chunk's gradients are taken where it began, so its steps along one key add up. A new key
-        is written at once, the n-th token of the same key with 1 / n of that.
-        """
-        lr, log_momentum, log_decay = self.gate_values(x)
-        overlap, keys = self.overlap(k, state, lengths)
-        return (lr / (1 + overlap[..., None]), log_momentum, log_decay), keys
-
-    def overlap(
-        self, k: Tensor, state: LayerState, lengths: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """How much of each key the chunk has had before: the sum of (k_t . k_s)^2 over its earlier
-        tokens s, [B, T, H], 0 for a key at right angles to them, n for one seen n times; and the
-        last keys. In float32 at least."""
-        wide = torch.promote_types(k.dtype, torch.float32)
-        seen = torch.cat([state.keys.to(wide), k.to(wide)], dim=1)
-        keys = last_tokens(seen, self.chunk_size - 1, lengths).to(state.keys.dtype)
-        position, T = state.memory.position, k.shape[1]
-        if isinstance(position, int):
-            aligned = seen[:, self.chunk_size - 1 - position :]
-        else:  # rows stand at different places of their chunks
-            first = self.chunk_size - 1 - position
-            steps = torch.arange(seen.shape[1], device=k.device)
-            index = (first[:, None] + steps).clamp(max=seen.shape[1] - 1)
-            aligned = seen.gather(1, index[..., None, None].expand(-1, -1, *seen.shape[2:]))
-        aligned = F.pad(aligned, (0, 0, 0, 0, 0, -aligned.shape[1] % self.chunk_size))
-        chunks = aligned.unflatten(1, (-1, self.chunk_size)).transpose(2, 3)
-        with torch.autocast(k.device.type, enabled=False):
-            earlier = (chunks @ chunks.mT).square().tril(-1).sum(-1)  # [B, N, H, C]
-        found = earlier.transpose(2, 3).flatten(1, 2)
-        if isinstance(position, int):
-            return found[:, position : position + T], keys
-        index = position[:, None] + torch.arange(T, device=k.device)
-        return found.gather(1, index[..., None].expand(-1, -1, found.shape[2])), keys
+        return retrieved, LayerState(memory, tail)
 
     @property
     def norm(self) -> tuple[Tensor, Tensor] | None:

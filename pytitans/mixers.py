@@ -98,8 +98,7 @@ class Mixer(nn.Module, ABC):
         M = tuple(W.to(wide).expand(batch_size, *W.shape) for W in (*self.M_0,) or (zeros,))
         reach = 0 if self.conv is None else self.conv.weight.shape[0] - 1
         tail = like.new_zeros(batch_size, reach, self.parts * self.dim)
-        keys = tail.new_zeros(batch_size, 0, self.num_heads, self.head_dim)  # none are needed
-        return LayerState(initial_state(M), tail, keys)
+        return LayerState(initial_state(M), tail)
 
     def tokens(
         self, x: Tensor, tail: Tensor, lengths: Tensor | None
@@ -166,7 +165,7 @@ class GatedDeltaNet(Mixer):
         log_decay = -self.A_log.to(dt.dtype).exp() * F.softplus(dt + self.dt_bias)
         read, memory = self.write(q, k, v, beta.sigmoid(), log_decay, state.memory, lengths)
         y = silu_mul(self.to_open(x), self.head_norm(read).flatten(2))
-        return self.out(y), LayerState(memory, tail, state.keys)
+        return self.out(y), LayerState(memory, tail)
 
 
 class DeltaNet(Mixer):
@@ -185,7 +184,7 @@ class DeltaNet(Mixer):
         q, k, v, tail = self.tokens(x, state.tail, lengths)
         (beta,) = self.gate_logits(x)
         read, memory = self.write(q, k, v, beta.sigmoid(), None, state.memory, lengths)
-        return self.out(self.head_norm(read).flatten(2)), LayerState(memory, tail, state.keys)
+        return self.out(self.head_norm(read).flatten(2)), LayerState(memory, tail)
 
 
 class RetNet(Mixer):
@@ -219,7 +218,7 @@ class RetNet(Mixer):
         cos, sin = self.table(after if lengths is None else lengths)
         back = cos[:, None, None], -sin[:, None, None]  # [B, 1, 1, K / 2]
         M = tuple(rotate(W.mT, back).mT for W in memory.M)
-        return self.out(y), LayerState(MemoryState(M, memory.S, M, 0), tail, state.keys)
+        return self.out(y), LayerState(MemoryState(M, memory.S, M, 0), tail)
 
     def table(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         return rotary_table(positions, self.head_dim, 10_000.0)
@@ -255,9 +254,7 @@ class Mamba2(Mixer):
         log_decay = -self.A_log.to(dt.dtype).exp() * dt
         read, memory = self.write(C, B, v, dt, log_decay, state.memory, lengths)
         y = (read + self.D[:, None].to(v.dtype) * v).flatten(2)
-        return self.out(self.norm(silu_mul(self.to_open(x), y))), LayerState(
-            memory, tail, state.keys
-        )
+        return self.out(self.norm(silu_mul(self.to_open(x), y))), LayerState(memory, tail)
 
 
 class TTTMLP(Mixer):
@@ -305,7 +302,7 @@ class TTTMLP(Mixer):
         read, memory = self.write(q, k, v, lr, None, state.memory, lengths, norm)
         y = self.norm(read.flatten(2).to(self.norm.weight.dtype)).to(x.dtype)
         y = F.gelu(self.to_open(x), approximate="tanh") * y
-        return self.out(y), LayerState(memory, tail, state.keys)
+        return self.out(y), LayerState(memory, tail)
 
 
 def draw_rates(A_log: Tensor, dt_bias: Tensor) -> None:
