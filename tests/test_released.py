@@ -1,10 +1,6 @@
 """The released models: they load by name, have their cards, and do what these say."""
 
-import json
-import math
 from pathlib import Path
-
-import pytest
 
 from pytitans.cli import load_model, model_folder
 from pytitans.data.tokenizer import load_tokenizer
@@ -14,15 +10,12 @@ from pytitans.evaluate import scoring
 from pytitans.released import FOLDER, released, released_folder
 
 
-def test_each_has_a_card_and_what_made_it():
+def test_each_has_a_card_that_says_its_size():
     assert released()
     for name in released():
-        folder = FOLDER / name
-        card = (folder / "README.md").read_text()
+        card = (FOLDER / name / "README.md").read_text()
         assert card.startswith("---\n") and f"--model {name}" in card
-        run = json.loads((folder / "run.json").read_text())
-        assert load_model(str(folder)).num_parameters() == run["parameters"]
-        assert run["command"].split()[0].startswith("recipes/")
+        assert f"{load_model(str(FOLDER / name)).num_parameters():,} parameters" in card
 
 
 def test_a_name_is_a_folder_of_the_package_unless_there_is_one_of_that_name(tmp_path, monkeypatch):
@@ -34,14 +27,11 @@ def test_a_name_is_a_folder_of_the_package_unless_there_is_one_of_that_name(tmp_
     assert model_folder("needle") == "needle"
 
 
-@pytest.mark.parametrize("name", ["niah_single_1", "niah_single_2"])
-def test_needle_finds_numbers_in_longer_texts_than_it_was_trained_on(name):
-    """In the documentation of Python, of which it has read nothing."""
+def test_needle_finds_numbers_behind_twice_as_much_as_it_was_trained_on():
     folder = model_folder("needle")
     model, tokenizer = load_model(folder), load_tokenizer(folder)
-    task = load_task(name, tokenizer)
+    task = load_task("niah_single_1", tokenizer)
     examples = list(task.examples(4, length=8192, depth=10, seed=3))
     with scoring(model, bf16=False):
         scores = score_examples(model, examples)
-    assert sum(score.exact for score in scores) >= 3
-    assert math.fsum(score.nll for score in scores) / 4 < 0.2
+    assert [score.exact for score in scores] == [1.0] * 4
