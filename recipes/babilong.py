@@ -39,7 +39,7 @@ class Facts(Experiment):
 
     def train(self, name: str, folder: Path, rate: float, seed: int) -> float:
         tokenizer = byte_tokenizer()
-        tasks = [Babilong(x, tokenizer, self.args.babi, self.books, split="train") for x in TASKS]
+        tasks = [self.to_train_on(x, tokenizer) for x in TASKS]
         stages = [
             Stage(tasks, 0, 0, steps=self.steps(600), fill=8192),
             Stage(tasks, 1024, 1024, steps=self.steps(300), fill=8192),
@@ -49,6 +49,18 @@ class Facts(Experiment):
         train_on_tasks(model, tokenizer, stages, task_arguments(folder, rate, seed))
         losses = [answer_loss(model, x, length=1024, texts=48, seed=seed) for x in tasks]
         return sum(losses) / len(losses)
+
+    def to_train_on(self, task: str, tokenizer) -> Babilong:
+        """bAbI's 10,000 questions to train on, or its 1,000 where the former are missing."""
+        for folder in ("en-10k", "en"):
+            try:
+                return Babilong(
+                    task, tokenizer, self.args.babi, self.books, split="train", folder=folder
+                )
+            except ValueError as error:
+                missing = error
+            print(f"{task}: {missing}", flush=True)
+        raise missing
 
     def evaluations(self, name: str) -> dict[str, list[str]]:
         lengths = lengths_to(LENGTHS, self.args.longest, name in WHOLE)
