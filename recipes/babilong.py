@@ -10,11 +10,10 @@ which), of Llama, which keeps the whole text, up to 16K. How runs are kept:
 """
 
 import argparse
-import glob
 from pathlib import Path
 
 from experiment import SHAPE, WHOLE, Experiment, all_models, build, lengths_to, run
-from language import HELD_OUT
+from language import split_books
 
 from pytitans.data.tokenizer import byte_tokenizer
 from pytitans.evals.babilong import Babilong
@@ -30,12 +29,7 @@ class Facts(Experiment):
 
     def __init__(self, args: argparse.Namespace):
         super().__init__(args)
-        books = sorted(path for name in args.data for path in glob.glob(name))
-        if not books:
-            raise SystemExit(f"--data {' '.join(args.data)}: no such files")
-        self.test = [path for path in books if any(x in path for x in HELD_OUT["test"])] or books
-        kept = [x for names in HELD_OUT.values() for x in names]
-        self.books = [path for path in books if not any(x in path for x in kept)] or books
+        self.books, self.test = split_books(args.data)
 
     def train(self, name: str, folder: Path, rate: float, seed: int) -> float:
         tokenizer = byte_tokenizer()

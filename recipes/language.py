@@ -11,6 +11,7 @@ them; the books held out are those of `recipes/books.yaml`. How runs are kept:
 """
 
 import argparse
+import glob
 from pathlib import Path
 
 import yaml
@@ -23,6 +24,17 @@ from pytitans.train import TrainArguments, train
 
 HELD_OUT = yaml.safe_load((Path(__file__).parent / "books.yaml").read_text())["data"]
 LENGTH = 1024  # bytes of a training window; what a model that keeps the whole text reads back
+
+
+def split_books(files: list[str]) -> tuple[list[str], list[str]]:
+    """The books to train on, and those to test with; all of them where none is held out."""
+    found = [path for name in files for path in sorted(glob.glob(name))]
+    if not found:
+        raise SystemExit(f"--data {' '.join(files)}: no such files")
+    held_out = [book for books in HELD_OUT.values() for book in books]
+    kept = [path for path in found if not any(book in path for book in held_out)]
+    test = [path for path in found if any(book in path for book in HELD_OUT["test"])]
+    return kept or found, test or found
 
 
 class Language(Experiment):

@@ -10,13 +10,12 @@ better than what this makes with seed 0: its card and docs/log.md say how and by
 """
 
 import argparse
-import glob
 import shutil
 from itertools import pairwise
 from pathlib import Path
 
 from experiment import SHAPE, build
-from language import HELD_OUT
+from language import HELD_OUT, split_books
 from transformers import AutoModelForCausalLM
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -33,9 +32,7 @@ KEPT = (
 
 
 def needle(files: list[str], folder: Path, seed: int) -> None:
-    kept = [book for books in HELD_OUT.values() for book in books]
-    books = [path for name in files for path in sorted(glob.glob(name))]
-    books = [path for path in books if not any(book in path for book in kept)]
+    books, _ = split_books(files)
     tokenizer = byte_tokenizer()
     passkey, in_noise, in_books = (
         load_task(name, tokenizer, files=books)
@@ -55,12 +52,12 @@ def needle(files: list[str], folder: Path, seed: int) -> None:
     # then, twice more from a large learning rate, what closes the gates that still leak: nothing
     # but the answers counts, as a head that helps to predict prose has a reason to write
     rounds = [learned, folder / "closed", folder]
-    for number, (before, after) in enumerate(pairwise(rounds), 1):
-        price = {1: 0.05, 2: 0.3}[number]
+    for number, (before, after) in enumerate(pairwise(rounds)):
+        price = (0.05, 0.3)[number]
         closing = [Stage([in_noise, in_books], 640, 4096, steps=250, gate_penalty=price)]
         if not (after / "run.json").exists():
             model = AutoModelForCausalLM.from_pretrained(before)
-            args = task_arguments(after, 1.5e-3, seed + number, save_steps=0.1)
+            args = task_arguments(after, 1.5e-3, seed + 1 + number, save_steps=0.1)
             train_on_tasks(model, tokenizer, closing, args, rest=0.0)
 
 
