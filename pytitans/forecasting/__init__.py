@@ -1,0 +1,1 @@
+"""Forecasting: training, backtests on the standard protocol, baselines, `titans forecast`."""

@@ -1,0 +1,169 @@
+"""What to compare with: DLinear, iTransformer, PatchTST (Hugging Face's), and repeating a season.
+
+All take `past_values` [B, context, V] and `future_values` [B, horizon, V] and return an output with
+`loss` (MSE) and `prediction_outputs` [B, horizon, V], as Hugging Face's PatchTST does.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from huggingface_hub.dataclasses import strict
+from torch import Tensor, nn
+from transformers import PatchTSTConfig, PatchTSTForPrediction, PreTrainedConfig, PreTrainedModel
+from transformers import initialization as init
+from transformers.utils import ModelOutput
+
+EPS = 1e-5
+
+
+@dataclass
+class ForecastOutput(ModelOutput):
+    """`loss` where there are future values, and `prediction_outputs` [B, horizon, V]."""
+
+    loss: Tensor | None = None
+    prediction_outputs: Tensor | None = None
+
+
+def forecast_output(prediction: Tensor, future: Tensor | None) -> ForecastOutput:
+    loss = None if future is None else F.mse_loss(prediction, future)
+    return ForecastOutput(loss=loss, prediction_outputs=prediction)
+
+
+@strict
+class DLinearConfig(PreTrainedConfig):
+    """DLinear's shape; kernel_size: rows of the moving average that is the trend."""
+
+    model_type = "dlinear"
+
+    context_length: int = 96
+    prediction_length: int = 96
+    num_input_channels: int = 1
+    kernel_size: int = 25
+
+
+class DLinear(PreTrainedModel):
+    """A linear map of the trend and one of the rest, the same for all variables
+    (https://arxiv.org/abs/2205.13504)."""
+
+    config: DLinearConfig
+    config_class = DLinearConfig
+
+    def __init__(self, config: DLinearConfig):
+        super().__init__(config)
+        sizes = config.context_length, config.prediction_length
+        self.trend, self.rest = nn.Linear(*sizes), nn.Linear(*sizes)
+        self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """As torch's linear layers start, which is as the authors' do."""
+        if isinstance(module, nn.Linear):
+            reach = module.in_features**-0.5
+            init.uniform_(module.weight, -reach, reach)
+            init.uniform_(module.bias, -reach, reach)
+
+    def forward(self, past_values: Tensor, future_values: Tensor | None = None, **kwargs):
+        x, size = past_values.mT, self.config.kernel_size
+        padded = F.pad(x, ((size - 1) // 2, size // 2), mode="replicate")
+        trend = F.avg_pool1d(padded, size, stride=1)
+        return forecast_output((self.trend(trend) + self.rest(x - trend)).mT, future_values)
+
+
+@strict
+class ITransformerConfig(PreTrainedConfig):
+    """iTransformer's shape, with the names of Hugging Face's PatchTST."""
+
+    model_type = "itransformer"
+
+    context_length: int = 96
+    prediction_length: int = 96
+    num_input_channels: int = 1
+    d_model: int = 128
+    num_hidden_layers: int = 2
+    num_attention_heads: int = 8
+    ffn_dim: int = 128
+    dropout: float = 0.1
+
+
+class ITransformer(PreTrainedModel):
+    """Each variable's look-back is a token; a Transformer encoder over the variables; a linear map
+    to its future (https://arxiv.org/abs/2310.06625). Without the authors' tokens of the time of
+    day, week and year."""
+
+    config: ITransformerConfig
+    config_class = ITransformerConfig
+
+    def __init__(self, config: ITransformerConfig):
+        super().__init__(config)
+        self.embed = nn.Linear(config.context_length, config.d_model)
+        self.dropout = nn.Dropout(config.dropout)
+        layer = nn.TransformerEncoderLayer(
+            config.d_model, config.num_attention_heads, config.ffn_dim, config.dropout, "gelu",
+            batch_first=True,
+        )  # fmt: skip
+        self.encoder = nn.TransformerEncoder(
+            layer, config.num_hidden_layers, nn.LayerNorm(config.d_model)
+        )
+        self.head = nn.Linear(config.d_model, config.prediction_length)
+        self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """Torch's own start, layer by layer."""
+        if isinstance(module, nn.Linear):
+            reach = module.in_features**-0.5
+            init.uniform_(module.weight, -reach, reach)
+            if module.bias is not None:
+                init.uniform_(module.bias, -reach, reach)
+        elif isinstance(module, nn.MultiheadAttention):
+            init.xavier_uniform_(module.in_proj_weight)
+            init.zeros_(module.in_proj_bias)
+        elif isinstance(module, nn.LayerNorm):
+            init.ones_(module.weight)
+            init.zeros_(module.bias)
+
+    def forward(self, past_values: Tensor, future_values: Tensor | None = None, **kwargs):
+        x = past_values.mT
+        loc = x.mean(-1, keepdim=True)
+        scale = (x.var(-1, keepdim=True, correction=0) + EPS).sqrt()
+        hidden = self.encoder(self.dropout(self.embed((x - loc) / scale)))
+        return forecast_output((self.head(hidden) * scale + loc).mT, future_values)
+
+
+@strict
+class SeasonalNaiveConfig(PreTrainedConfig):
+    """season: rows after which the series is taken to repeat itself."""
+
+    model_type = "seasonal_naive"
+
+    context_length: int = 96
+    prediction_length: int = 96
+    num_input_channels: int = 1
+    season: int = 24
+
+
+class SeasonalNaive(PreTrainedModel):
+    """The last season, again and again; nothing is learned."""
+
+    config: SeasonalNaiveConfig
+    config_class = SeasonalNaiveConfig
+
+    def __init__(self, config: SeasonalNaiveConfig):
+        super().__init__(config)
+        self.place = nn.Parameter(torch.zeros(1), requires_grad=False)  # to have a device
+        self.post_init()
+
+    def forward(self, past_values: Tensor, future_values: Tensor | None = None, **kwargs):
+        steps = torch.arange(self.config.prediction_length, device=past_values.device)
+        season = past_values[:, -self.config.season :]
+        return forecast_output(season[:, steps % season.shape[1]], future_values)
+
+
+BASELINES: dict[str, tuple[Any, Any]] = {
+    "dlinear": (DLinearConfig, DLinear),
+    "itransformer": (ITransformerConfig, ITransformer),
+    "patchtst": (PatchTSTConfig, PatchTSTForPrediction),
+    "seasonal_naive": (SeasonalNaiveConfig, SeasonalNaive),
+}
