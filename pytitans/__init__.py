@@ -17,7 +17,12 @@ if TYPE_CHECKING:
     from pytitans.blocks import LMM, MAC, MAG, MAL
     from pytitans.cache import TitansCache
     from pytitans.memory import NeuralMemory
-    from pytitans.models import TitansConfig, TitansForCausalLM, TitansModel
+    from pytitans.models import (
+        TitansConfig,
+        TitansForCausalLM,
+        TitansForSequenceClassification,
+        TitansModel,
+    )
     from pytitans.ops import MemoryState, initial_state, neural_memory, retrieve
     from pytitans.recurrences import recurrence
 
@@ -33,6 +38,7 @@ _HOME = {
     "TitansCache": "cache",
     "TitansConfig": "models",
     "TitansForCausalLM": "models",
+    "TitansForSequenceClassification": "models",
     "TitansModel": "models",
     "initial_state": "ops",
     "neural_memory": "ops",
@@ -50,6 +56,7 @@ __all__ = [
     "TitansCache",
     "TitansConfig",
     "TitansForCausalLM",
+    "TitansForSequenceClassification",
     "TitansModel",
     "initial_state",
     "neural_memory",

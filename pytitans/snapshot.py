@@ -32,7 +32,7 @@ STATES = {
 UNREAD = b"0" * 64  # in the digest's place while the digest is taken
 DIGEST = b'"sha256":"'
 WITHOUT_EFFECT = {  # fields of a configuration that change no state
-    "use_cache", "initializer_range", "tie_word_embeddings",
+    "use_cache", "initializer_range", "tie_word_embeddings", "classifier_pooling",
     "bos_token_id", "eos_token_id", "pad_token_id",
 }  # fmt: skip
 STALE = 3600  # seconds after which a temporary file belongs to a process that was killed

@@ -11,12 +11,26 @@ if TYPE_CHECKING:
         TitansModel,
         TitansPreTrainedModel,
     )
+    from pytitans.models.sequence_classification import TitansForSequenceClassification
 
-__all__ = ["TitansConfig", "TitansForCausalLM", "TitansModel", "TitansPreTrainedModel"]
+_HOME = {
+    "TitansConfig": "configuration_titans",
+    "TitansForCausalLM": "modeling_titans",
+    "TitansForSequenceClassification": "sequence_classification",
+    "TitansModel": "modeling_titans",
+    "TitansPreTrainedModel": "modeling_titans",
+}
+
+__all__ = [
+    "TitansConfig",
+    "TitansForCausalLM",
+    "TitansForSequenceClassification",
+    "TitansModel",
+    "TitansPreTrainedModel",
+]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in __all__:
+    if name not in _HOME:
         raise AttributeError(f"module 'pytitans.models' has no attribute {name!r}")
-    home = "configuration_titans" if name == "TitansConfig" else "modeling_titans"
-    return getattr(import_module(f"pytitans.models.{home}"), name)
+    return getattr(import_module(f"pytitans.models.{_HOME[name]}"), name)

@@ -36,6 +36,7 @@ class TitansConfig(PreTrainedConfig):
         num_persistent: learned tokens that every token sees.
         recurrence: what the memory is: "titans", or a layer of `pytitans.mixers` to compare with
             ("lmm" and "mal" alone have these); several: one for each layer, in turn.
+        classifier_pooling: of the hidden states, for classes of sequences: "mean" or "last".
     """
 
     model_type = "titans"
@@ -59,6 +60,7 @@ class TitansConfig(PreTrainedConfig):
     window: int = 128
     num_persistent: int = 4
     recurrence: str | list[str] = "titans"
+    classifier_pooling: Literal["mean", "last"] = "mean"
     rope_theta: int | float = 10_000.0
     rms_norm_eps: int | float = 1e-6
     initializer_range: int | float = 0.02

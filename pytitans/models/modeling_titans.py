@@ -345,3 +345,5 @@ class TitansForCausalLM(TitansPreTrainedModel, GenerationMixin):
 
 AutoModel.register(TitansConfig, TitansModel, exist_ok=True)
 AutoModelForCausalLM.register(TitansConfig, TitansForCausalLM, exist_ok=True)
+
+import pytitans.models.sequence_classification  # noqa: E402, F401 - needs this file, and registers itself
