@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from pytitans.models import (
         TitansConfig,
         TitansForCausalLM,
+        TitansForecastingConfig,
+        TitansForForecasting,
         TitansForSequenceClassification,
         TitansModel,
     )
@@ -38,7 +40,9 @@ _HOME = {
     "TitansCache": "cache",
     "TitansConfig": "models",
     "TitansForCausalLM": "models",
+    "TitansForForecasting": "models",
     "TitansForSequenceClassification": "models",
+    "TitansForecastingConfig": "models",
     "TitansModel": "models",
     "initial_state": "ops",
     "neural_memory": "ops",
@@ -56,7 +60,9 @@ __all__ = [
     "TitansCache",
     "TitansConfig",
     "TitansForCausalLM",
+    "TitansForForecasting",
     "TitansForSequenceClassification",
+    "TitansForecastingConfig",
     "TitansModel",
     "initial_state",
     "neural_memory",

@@ -5,6 +5,7 @@ the text, the tokens read, the caller's metadata, how the states nest, and a SHA
 file, taken with the digest's own place filled with zeros: any byte that changes is noticed.
 """
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -17,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from safetensors.torch import load, save
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from pytitans.attention import KeysValues, WindowState
 from pytitans.blocks import MACState, MAGState, MALState
@@ -52,8 +53,9 @@ def model_fingerprint(model: PreTrainedModel) -> str:
     Nothing is remembered: each call reads every weight once, about half a second a gigabyte.
     """
     body = model.base_model
-    fields = type(model.config).__annotations__
-    shape = {name: getattr(model.config, name) for name in fields if name not in WITHOUT_EFFECT}
+    fields = {f.name for f in dataclasses.fields(model.config)}  # inherited ones too
+    fields -= {f.name for f in dataclasses.fields(PreTrainedConfig)} | WITHOUT_EFFECT
+    shape = {name: getattr(model.config, name) for name in fields}
     digest = hashlib.sha256(json.dumps(shape, sort_keys=True, default=str).encode())
     for name, weight in sorted(body.state_dict().items()):
         digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())

@@ -6,17 +6,21 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pytitans.models.configuration_titans import TitansConfig
+    from pytitans.models.configuration_titans_forecasting import TitansForecastingConfig
     from pytitans.models.modeling_titans import (
         TitansForCausalLM,
         TitansModel,
         TitansPreTrainedModel,
     )
+    from pytitans.models.modeling_titans_forecasting import TitansForForecasting
     from pytitans.models.sequence_classification import TitansForSequenceClassification
 
 _HOME = {
     "TitansConfig": "configuration_titans",
     "TitansForCausalLM": "modeling_titans",
+    "TitansForForecasting": "modeling_titans_forecasting",
     "TitansForSequenceClassification": "sequence_classification",
+    "TitansForecastingConfig": "configuration_titans_forecasting",
     "TitansModel": "modeling_titans",
     "TitansPreTrainedModel": "modeling_titans",
 }
@@ -24,7 +28,9 @@ _HOME = {
 __all__ = [
     "TitansConfig",
     "TitansForCausalLM",
+    "TitansForForecasting",
     "TitansForSequenceClassification",
+    "TitansForecastingConfig",
     "TitansModel",
     "TitansPreTrainedModel",
 ]

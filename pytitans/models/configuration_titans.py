@@ -108,3 +108,6 @@ class TitansConfig(PreTrainedConfig):
 
 
 AutoConfig.register("titans", TitansConfig, exist_ok=True)
+
+# needs this file, and registers itself
+import pytitans.models.configuration_titans_forecasting  # noqa: E402, F401

@@ -346,4 +346,6 @@ class TitansForCausalLM(TitansPreTrainedModel, GenerationMixin):
 AutoModel.register(TitansConfig, TitansModel, exist_ok=True)
 AutoModelForCausalLM.register(TitansConfig, TitansForCausalLM, exist_ok=True)
 
-import pytitans.models.sequence_classification  # noqa: E402, F401 - needs this file, and registers itself
+# these two need this file, and register themselves
+import pytitans.models.modeling_titans_forecasting  # noqa: E402
+import pytitans.models.sequence_classification  # noqa: E402, F401
