@@ -40,6 +40,7 @@ titans: neural memory that learns at test time
   titans generate    continue a prompt, or what a memory has read
   titans info        parameters, memory state and FLOPs of a model
   titans serve       a server: OpenAI's endpoints, memories that outlive a request
+  titans forecast    the next rows of a table with dates
 
 A first run, without any file or download (minutes on two cores):
 
@@ -317,6 +318,13 @@ def serve_command(argv: list[str]) -> int:
     return serve(argv)
 
 
+def forecast_command(argv: list[str]) -> int:
+    """Forecasts series."""
+    from pytitans.forecasting.command import forecast
+
+    return forecast(argv)
+
+
 def report_command(argv: list[str]) -> int:
     """Writes tables and pictures of results."""
     from pytitans.evals.command import report
@@ -332,6 +340,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "info": info_command,
     "serve": serve_command,
     "report": report_command,
+    "forecast": forecast_command,
 }
 
 

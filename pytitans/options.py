@@ -72,6 +72,28 @@ examples:
   titans generate --model runs/mal --prompt "Call me" --temperature 0 --max-new-tokens 500
   titans generate --model runs/mal --memory book.safetensors --prompt "The whale"
   titans generate --model runs/mal --memory book.safetensors    goes on where the book ends""",
+    "forecast train": """\
+examples:
+  titans forecast train power.csv                          rows with a date column, any frequency
+  titans forecast train ETT-small.zip::ETTh1.csv --horizons 96 192 336 720
+  titans forecast train power.csv --data.columns load oil --data.context_length 336
+  titans forecast train power.csv --data.history_length 672 --carried true   the memory reads more
+  titans forecast train power.csv --variant dlinear        baselines: itransformer, patchtst, ...
+  titans forecast train weather.zip --data.uneven_dates true
+
+--help-all shows every option of the model and of Hugging Face's TrainingArguments.""",
+    "forecast predict": """\
+examples:
+  titans forecast predict power.csv --model runs/power-lmm            after the last row
+  titans forecast predict power.csv --model runs/power-lmm --start 2026-03-01
+  titans forecast predict power.csv --model runs/power-lmm --memory power.safetensors
+  titans forecast predict new_rows.csv --model runs/power-lmm --memory power.safetensors
+
+A memory reads each row once: a later call the new ones, from a file of all or of these alone.""",
+    "forecast backtest": """\
+examples:
+  titans forecast backtest runs/power-lmm runs/power-dlinear
+  titans forecast backtest runs/power-lmm --carried true""",
     "info": """\
 examples:
   titans info --preset 760m
@@ -103,6 +125,15 @@ SHOWN = {  # by --help; --help-all shows the rest
         "memory_depth chunk_size segment_len window num_persistent",
         "train.": "output_dir max_steps max_minutes per_device_train_batch_size learning_rate "
         "warmup_steps gate_penalty bf16 eval_steps eval_bytes save_steps seed",
+    },
+    "forecast train": {
+        "": "file config print_config horizons output carried",
+        "data.": "date_column columns split context_length history_length uneven_dates",
+        "model.": "variant hidden_size num_hidden_layers num_attention_heads intermediate_size "
+        "chunk_size patch_length patch_stride scaling loss quantiles channel_mixing linear_skip "
+        "dropout",
+        "train.": "num_train_epochs max_steps patience validation_stride "
+        "per_device_train_batch_size learning_rate weight_decay seed",
     },
     "info": {
         "": "config print_config preset checkpoint",

@@ -167,3 +167,23 @@ BASELINES: dict[str, tuple[Any, Any]] = {
     "patchtst": (PatchTSTConfig, PatchTSTForPrediction),
     "seasonal_naive": (SeasonalNaiveConfig, SeasonalNaive),
 }
+
+
+def build_baseline(
+    name: str, channels: int, context: int, horizon: int, season: int, **shape: Any
+) -> PreTrainedModel:
+    """The baseline in its paper's shape for small sets (PatchTST's for ETTh), but for `shape`."""
+    config, model = BASELINES[name]
+    sizes = {
+        "context_length": context, "prediction_length": horizon, "num_input_channels": channels
+    }  # fmt: skip
+    papers: dict[str, Any] = {}
+    if name == "seasonal_naive":
+        papers = {"season": season}
+    elif name == "patchtst":
+        papers = {
+            "patch_length": min(16, context), "patch_stride": 8, "d_model": 16, "ffn_dim": 128,
+            "num_attention_heads": 4, "attention_dropout": 0.0, "positional_dropout": 0.3,
+            "ff_dropout": 0.3, "path_dropout": 0.3, "head_dropout": 0.3,
+        }  # fmt: skip
+    return model(config(**sizes, **papers | shape))

@@ -55,6 +55,7 @@ class TitansForecastingConfig(TitansConfig):
     loss: Literal["mse", "mae", "huber"] = "mse"
     quantiles: list[float] | tuple[float, ...] = ()
     channel_mixing: bool = False
+    pooling_type: Literal["last"] | None = None
     linear_skip: bool = True
     dropout: int | float = 0.1
 

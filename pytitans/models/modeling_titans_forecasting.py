@@ -118,8 +118,12 @@ class TitansForForecasting(TitansPreTrainedModel):
                 config.num_input_channels, config.hidden_size, config.dropout
             )
         values = config.prediction_length * (1 + len(config.quantiles))
-        self.head = nn.Linear(config.num_patches * config.hidden_size, values)
+        tokens = config.num_patches if config.pooling_type is None else 1
+        self.head = nn.Linear(tokens * config.hidden_size, values)
         self.skip = nn.Linear(config.context_length, values) if config.linear_skip else None
+        for out in filter(None, (self.head, self.skip)):  # the first forecast is the mean
+            nn.init.zeros_(out.weight)
+            nn.init.zeros_(out.bias)
         self.post_init()
 
     def forward(
@@ -217,6 +221,7 @@ class TitansForForecasting(TitansPreTrainedModel):
         last = hidden[-1]
         if self.mixing is not None:
             last = self.mixing(last.unflatten(0, (-1, channels))).flatten(0, 1)
+        last = last if config.pooling_type is None else last[:, -1:]
         out = self.head(self.dropout(last.flatten(1)))
         if self.skip is not None:
             out = out + self.skip(scaled)
