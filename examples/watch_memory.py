@@ -81,9 +81,9 @@ def watch(model: TitansForCausalLM, ids: torch.Tensor, layer: int) -> dict[str, 
 
 def look(memory: NeuralMemory, x, before: LayerState, after: LayerState) -> dict:
     """What there is to see of one chunk x [1, T, dim]; heads and memory layers are averaged."""
-    (_, k, v), _ = memory.convolve(memory.qkv(x), before.tail, None)
+    (q, k, v), _ = memory.convolve(memory.qkv(x), before.tail, None)
     known = retrieve(k, before.memory, norm=memory.norm, norm_eps=memory.norm_eps)
-    lr, momentum, decay = memory.gate_values(x)
+    lr, momentum, decay = memory.gate_values(x, q, k, v)
     T = x.shape[1]
     learned = [W - W_0 for W, W_0 in zip(after.memory.M, memory.M_0, strict=True)]
     seen = {

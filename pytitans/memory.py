@@ -1,7 +1,8 @@
 """NeuralMemory: the long-term memory as a layer (Titans, sections 3.1 and 4.4).
 
     q, k, v  linear, causal depthwise convolution, SiLU; q and k of norm 1
-    gates    linear on the input: one step size, momentum and decay per head and per memory layer
+    gates    linear on the input and its q, k, v: one step size, momentum and decay per head and
+             per memory layer
     M_t      written and read by `pytitans.ops.neural_memory`; M_0 is learned per head
     out      RMSNorm per head, a SiLU gate from the input, linear
 
@@ -139,7 +140,7 @@ class NeuralMemory(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim, bias=False)
         self.conv = ShortConv(3 * dim, conv_size) if conv_size else None
         self.gates = ["lr", *["momentum"] * momentum, *["decay"] * decay]
-        self.to_gates = GateLogits(dim, len(self.gates) * num_heads * depth)
+        self.to_gates = GateLogits(4 * dim, len(self.gates) * num_heads * depth)
         hidden = round(expansion * self.head_dim)
         widths = [self.head_dim, *[hidden] * (depth - 1), self.head_dim]
         self.M_0 = nn.ParameterList(torch.empty(num_heads, a, b) for a, b in pairwise(widths))
@@ -212,7 +213,7 @@ class NeuralMemory(nn.Module):
         if lengths is not None:
             mask = torch.arange(x.shape[1], device=x.device) < lengths[:, None]
         retrieved, memory = neural_memory(
-            q, k, v, *self.gate_values(x), state.memory,
+            q, k, v, *self.gate_values(x, q, k, v), state.memory,
             chunk_size=self.chunk_size, norm=self.norm, norm_eps=self.norm_eps,
             mask=mask, **self.options,
         )  # fmt: skip
@@ -255,9 +256,17 @@ class NeuralMemory(nn.Module):
         """[B, T, H, V] -> [B, T, dim]: normalised per head, gated by the input, mixed."""
         return self.out(silu_mul(opened, self.head_norm(retrieved).flatten(2)))
 
-    def gate_values(self, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """lr, log_momentum and log_decay [B, T, H, L] in float32; None where left out."""
-        logits = self.to_gates(x).unflatten(-1, (len(self.gates), self.num_heads, self.depth))
+    def gate_values(
+        self, x: Tensor, q: Tensor, k: Tensor, v: Tensor
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """lr, log_momentum and log_decay [B, T, H, L] in float32; None where left out.
+
+        Of the input alone a first layer's gates would know one token: whether to write depends on
+        what a key stands for, and that is the tokens the convolution has seen (docs/log.md).
+        """
+        scale = self.head_dim**0.5  # unit queries and keys, to features of the input's size
+        seen = torch.cat([x, q.flatten(2) * scale, k.flatten(2) * scale, v.flatten(2)], dim=-1)
+        logits = self.to_gates(seen).unflatten(-1, (len(self.gates), self.num_heads, self.depth))
         kinds = "momentum" in self.gates, "decay" in self.gates
         if rows.ready(logits) and logits.dtype == torch.float32:
             floors = STEP_FLOOR, FORGET_FLOOR

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from tiny import gates_of
 
 from pytitans.memory import NeuralMemory, closing_gate, closing_logit
 from pytitans.ops import retrieve
@@ -35,7 +36,7 @@ def test_a_closed_gate_can_learn_to_open_and_stays_closed_otherwise():
 def test_untrained_steps_are_contractive_on_a_repeated_key(chunk_size, momentum):
     """Row sums of C |K K^T| at most about 1 when all keys are one."""
     memory = make(chunk_size=chunk_size, momentum=momentum)
-    lr, log_momentum, log_decay = memory.gate_values(torch.randn(1, chunk_size, 32))
+    lr, log_momentum, log_decay = gates_of(memory, torch.randn(1, chunk_size, 32))
     per_layer = [
         None if g is None else g[..., 0].transpose(1, 2) for g in (lr, log_momentum, log_decay)
     ]
@@ -99,7 +100,7 @@ def test_a_trained_memory_can_write_in_one_shot_and_forget_nothing(chunk_size, m
     _, k, v = F.silu(memory.qkv(x)).unflatten(-1, (3, 2, 16)).unbind(2)
     answer = retrieve(F.normalize(k, dim=-1), state.memory)
     torch.testing.assert_close(answer, v, rtol=0, atol=1e-3)
-    assert (memory.gate_values(x)[2].exp() > 1 - 1e-7).all()
+    assert (gates_of(memory, x)[2].exp() > 1 - 1e-7).all()
 
 
 @pytest.mark.parametrize("chunk_size", [1, 4, 16, 64])
@@ -110,14 +111,14 @@ def test_the_largest_steps_of_a_chunk_add_up_to_two(chunk_size):
         memory.to_gates.bias[:2] = 20.0  # largest steps
         memory.to_gates.bias[2:4].copy_(torch.tensor([-20.0, 2.0]))  # no momentum, much momentum
         memory.to_gates.bias[4:] = -20.0  # nothing forgotten
-    lr, log_momentum, log_decay = memory.gate_values(torch.randn(1, chunk_size, 32))
+    lr, log_momentum, log_decay = gates_of(memory, torch.randn(1, chunk_size, 32))
     per_head = [g[..., 0].transpose(1, 2) for g in (lr, log_momentum, log_decay)]
     assert chunk_gates(*per_head).writes.sum(-1).max() <= 2 + 1e-5
 
 
 def test_each_layer_of_the_memory_has_gates_of_its_own():
     memory = make(depth=3)
-    lr, log_momentum, log_decay = memory.gate_values(torch.randn(2, 5, 32))
+    lr, log_momentum, log_decay = gates_of(memory, torch.randn(2, 5, 32))
     assert lr.shape == log_momentum.shape == log_decay.shape == (2, 5, 2, 3)
 
 
@@ -133,10 +134,21 @@ def test_streaming_equals_one_call(cut, options):
     torch.testing.assert_close(state, end)
 
 
+def test_gates_see_what_the_convolution_sees():
+    """A token's gates depend on the three before it, and on no token after it."""
+    memory = make()
+    torch.nn.init.normal_(memory.to_gates.weight)
+    x = torch.randn(1, 12, 32, requires_grad=True)
+    lr, _, _ = gates_of(memory, x)
+    lr[0, 6].sum().backward()
+    assert x.grad is not None
+    assert x.grad[0].abs().sum(-1).bool().tolist() == [3 <= t <= 6 for t in range(12)]
+
+
 def test_gates_are_float32_under_autocast():
     memory = make()
     with torch.autocast("cpu", torch.bfloat16):
-        gates = memory.gate_values(torch.randn(1, 4, 32, dtype=torch.bfloat16))
+        gates = gates_of(memory, torch.randn(1, 4, 32, dtype=torch.bfloat16))
         _, state = memory(torch.randn(1, 4, 32))
     assert all(g.dtype == torch.float32 for g in gates)
     assert all(W.dtype == torch.float32 for W in (*state.memory.M, *state.memory.S))

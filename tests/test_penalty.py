@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny import VARIANTS, tiny_config
+from tiny import VARIANTS, gates_of, tiny_config
 
 from pytitans import TitansForCausalLM
 from pytitans.baseline import build_baseline
@@ -55,8 +55,9 @@ def test_gates_close_under_it_and_not_without():
             (loss + price * penalty.take()).backward()
             optimizer.step()
             optimizer.zero_grad()
-        lr, _, log_decay = net.model.layers[0].block.memory.gate_values(
-            net.model.layers[0].block.norm(net.model.embed_tokens(IDS))
+        lr, _, log_decay = gates_of(
+            net.model.layers[0].block.memory,
+            net.model.layers[0].block.norm(net.model.embed_tokens(IDS)),
         )
         assert bool((lr == 0).all() and (log_decay == 0).all()) is closed
 

@@ -37,6 +37,12 @@ def tiny_model(variant: str, **changes) -> TitansForCausalLM:
     return model.double().eval()
 
 
+def gates_of(memory, x):
+    """The memory's gates for a text x that begins with it."""
+    (q, k, v), _ = memory.convolve(memory.qkv(x), None, None)
+    return memory.gate_values(x, q, k, v)
+
+
 def stream(model, ids, cuts, cache=None):
     """Logits of the ids fed in pieces of these sizes, and the cache after them."""
     outs, begin = [], 0

@@ -119,12 +119,12 @@ def test_gates(momentum, decay):
     """In float32, from logits far below where a gate closes to far above where it opens."""
     torch.manual_seed(0)
     memory = NeuralMemory(12, 3, depth=2, momentum=momentum, decay=decay)
-    torch.nn.init.normal_(memory.to_gates.weight, std=1.0)
-    x = torch.randn(2, 60, 12).bfloat16().float()
+    torch.nn.init.normal_(memory.to_gates.weight, std=0.3)
+    x = [torch.randn(2, 60, *size).bfloat16().float() for size in ((12,), (3, 4), (3, 4), (3, 4))]
 
     def run(memory, x):
         memory.zero_grad()
-        gates = [g for g in memory.gate_values(x) if g is not None]
+        gates = [g for g in memory.gate_values(*x) if g is not None]
         torch.manual_seed(1)
         sum(
             (g.double() * torch.randn(g.shape, dtype=torch.float64)).sum() for g in gates
@@ -132,7 +132,7 @@ def test_gates(momentum, decay):
         return [g.detach() for g in gates], [p.grad for p in memory.to_gates.parameters()]
 
     values, grads = run(memory, x)
-    exact, exact_grads = run(memory.double(), x.double())
+    exact, exact_grads = run(memory.double(), [part.double() for part in x])
     assert [len(values), values[0].dtype] == [1 + momentum + decay, torch.float32]
     assert (values[0] == 0).any()
     assert (values[0] > 0).any()
