@@ -208,7 +208,9 @@ def train_on_tasks(
 
 def plot_answers(facts: dict[str, Any], path: Path) -> None:
     """Loss on the answers and share of texts right, over steps; lines where a stage ends."""
-    figure, axes = new_axes(7, 4.2, xlabel="step", ylabel="loss on the answers")
+    figure, axes = new_axes(
+        7, 4.2, xlabel="step (lines: stages, and their longest text)", ylabel="loss on the answers"
+    )
     steps, losses, exact = zip(*facts["history"], strict=True)
     axes.plot(steps, losses, color="#2b6cb0")
     right = axes.twinx()
@@ -218,7 +220,8 @@ def plot_answers(facts: dict[str, Any], path: Path) -> None:
     ends = np.cumsum([0, *[stage["steps"] for stage in facts["stages"]]])
     for (_, end), stage in zip(pairwise(ends), facts["stages"], strict=True):
         axes.axvline(end, color="#cbd5e0", zorder=0)
-        axes.text(end, axes.get_ylim()[1], f"{stage['lengths'][1]:,}", ha="right", va="top")
+        longest, above = f"to {stage['lengths'][1]:,}", axes.get_xaxis_transform()
+        axes.text(end, 1.01, longest, ha="right", va="bottom", fontsize=8, transform=above)
     figure.savefig(path, dpi=120)
 
 
