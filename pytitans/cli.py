@@ -41,6 +41,7 @@ titans: neural memory that learns at test time
   titans info        parameters, memory state and FLOPs of a model
   titans serve       a server: OpenAI's endpoints, memories that outlive a request
   titans forecast    the next rows of a table with dates
+  titans dna         classes of DNA sequences, the next base of a genome, embeddings
 
 A first run, without any file or download (minutes on two cores):
 
@@ -332,6 +333,13 @@ def report_command(argv: list[str]) -> int:
     return report(argv)
 
 
+def dna_command(argv: list[str]) -> int:
+    """Models of DNA."""
+    from pytitans.genomics.command import dna
+
+    return dna(argv)
+
+
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": train_command,
     "eval": eval_command,
@@ -341,6 +349,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "serve": serve_command,
     "report": report_command,
     "forecast": forecast_command,
+    "dna": dna_command,
 }
 
 

@@ -94,6 +94,27 @@ A memory reads each row once: a later call the new ones, from a file of all or o
 examples:
   titans forecast backtest runs/power-lmm runs/power-dlinear
   titans forecast backtest runs/power-lmm --carried true""",
+    "dna train": """\
+examples:
+  titans dna train --data GUE/tf/0                          its train.csv and dev.csv
+  titans dna train --data GUE/tf/0 --variant llama          a baseline of equal parameters, or cnn
+  titans dna train --data promoters.tsv.gz                  one table: a seeded draw splits it
+  titans dna train --data human_nontata_promoters --data.genome GRCh38.fa.gz   intervals
+  titans dna train --data GUE/tf/0 --data.reverse_complement both   both strands
+  titans dna train --data ecoli.fa.gz --train.output_dir runs/ecoli      predicts the next base
+  titans dna train --data GUE/tf/0 --start runs/ecoli       a classifier with that model's body
+
+--help-all shows every option of the model and of Hugging Face's TrainingArguments.""",
+    "dna evaluate": """\
+examples:
+  titans dna evaluate --model runs/dna-mal                  the test set beside what it learned from
+  titans dna evaluate --model runs/dna-mal --data GUE/tf/0 --split dev --output dev.json
+  titans dna evaluate --model runs/ecoli --output ecoli.json         its genome, and ecoli.png
+  titans dna evaluate --model runs/ecoli --data other.fa.gz --orders 11 12""",
+    "dna embed": """\
+examples:
+  titans dna embed --model runs/dna-mal --data sequences.csv --output vectors.npy
+  titans dna embed --model runs/ecoli --data contigs.fa.gz --output vectors.safetensors""",
     "info": """\
 examples:
   titans info --preset 760m
@@ -134,6 +155,14 @@ SHOWN = {  # by --help; --help-all shows the rest
         "dropout",
         "train.": "num_train_epochs max_steps patience validation_stride "
         "per_device_train_batch_size learning_rate weight_decay seed",
+    },
+    "dna train": {
+        "": "config print_config preset resume start",
+        "data.": "files dev test genome reverse_complement split_seed sequence_length",
+        "model.": "variant hidden_size num_hidden_layers num_attention_heads intermediate_size "
+        "memory_depth chunk_size segment_len window num_persistent classifier_pooling",
+        "train.": "output_dir max_steps max_minutes per_device_train_batch_size learning_rate "
+        "warmup_steps weight_decay bf16 eval_steps save_steps load_best_model_at_end seed",
     },
     "info": {
         "": "config print_config preset checkpoint",
@@ -210,8 +239,9 @@ def documented(cls: type) -> dict[str, str]:
     return docs
 
 
-def add_model_arguments(parser: "ArgumentParser") -> None:
-    """`--preset`, and `--model.X`: the fields of TitansConfig that describe a shape."""
+def add_model_arguments(parser: "ArgumentParser", more: Sequence[str] = ()) -> None:
+    """`--preset`, and `--model.X`: the fields of TitansConfig that describe a shape. `more`: names
+    of models beside Titans and its baselines."""
     from transformers import PreTrainedConfig
 
     from pytitans.baseline import BASELINES
@@ -219,7 +249,7 @@ def add_model_arguments(parser: "ArgumentParser") -> None:
     from pytitans.models.configuration_titans import VARIANTS
     from pytitans.train import DEFAULT_RUN
 
-    names = (*VARIANTS, *BASELINES)
+    names = (*VARIANTS, *BASELINES, *more)
     parser.add_argument("--preset", type=str | None, help="a size of the paper: 170m, 340m, ...")
     inherited = {field.name for field in dataclasses.fields(PreTrainedConfig)}
     own = {"variant", "vocab_size", "use_cache", "bos_token_id", "eos_token_id", "pad_token_id"}

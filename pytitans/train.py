@@ -15,7 +15,7 @@ import signal
 import statistics
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -42,7 +42,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from pytitans.data.text import TextData, head, load_text
 from pytitans.data.tokenizer import check_vocabulary
-from pytitans.data.windows import DrawnWindows, ScoredWindows, tokenize
+from pytitans.data.windows import DrawnWindows, ScoredWindows, TokenText, tokenize
 from pytitans.evaluate import window_nll
 from pytitans.penalty import GatePenalty
 from pytitans.report import Progress, plot_losses
@@ -148,9 +148,26 @@ def train(
     length = data.sequence_length
     text = tokenize(tokenizer, texts["train"], length)
     held_out = tokenize(tokenizer, head(texts["validation"], args.eval_bytes), length)
-    args.max_steps = planned_steps(
-        model, args, DrawnWindows(text, length, 64, args.seed), checkpoint
+    return train_on_tokens(
+        model, tokenizer, text, held_out, args, length=length, data=data, checkpoint=checkpoint
     )
+
+
+def train_on_tokens(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    text: TokenText,
+    held_out: TokenText,
+    args: TrainArguments,
+    *,
+    length: int,
+    data: Any,
+    drawn: Callable[[TokenText, int, int, int], Dataset] = DrawnWindows,
+    checkpoint: str | None = None,
+) -> dict[str, Any]:
+    """`train` on ids. data: the dataclass that says where they are from, for `run.json`. drawn: the
+    windows to train on, of text, length, count and seed."""
+    args.max_steps = planned_steps(model, args, drawn(text, length, 64, args.seed), checkpoint)
     sequences = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
     bits = text.tokens / text.bytes / math.log(2)
     progress = Progress(bits, sequences * length)
@@ -159,7 +176,7 @@ def train(
         model=model,
         args=args,
         gate_penalty=args.gate_penalty,
-        train_dataset=DrawnWindows(text, length, args.max_steps * sequences, args.seed),
+        train_dataset=drawn(text, length, args.max_steps * sequences, args.seed),
         eval_dataset=ScoredWindows(held_out, length),
         processing_class=tokenizer,
         data_collator=default_data_collator,

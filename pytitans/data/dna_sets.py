@@ -197,6 +197,26 @@ def table_rows(path: Path) -> Iterator[Row]:
         yield place, sequence, label
 
 
+def table_sequences(path: Path) -> list[np.ndarray]:
+    """The sequences of a table, which needs no labels."""
+    found = []
+    for place, line in lines_of(path):
+        sequence = next((line[name] for name in SEQUENCE if line.get(name)), None)
+        if sequence is None:
+            raise ValueError(f"{place}: no sequence: call its column {' or '.join(SEQUENCE)}")
+        found.append(checked(place, sequence))
+    if not found:
+        raise ValueError(f"{path} holds no sequences")
+    return found
+
+
+def checked(place: str, sequence: str) -> np.ndarray:
+    try:
+        return encode_bases(sequence)
+    except ValueError as error:
+        raise ValueError(f"{place}: {error}") from error
+
+
 def interval_rows(tables: Sequence[Path], genome: str | None) -> Iterator[Row]:
     """The sequences at GenomicBenchmarks' intervals; a table's name is its class."""
     if genome is None:
@@ -264,12 +284,9 @@ def labelled(rows: Sequence[Row], classes: Sequence[str]) -> Labelled:
         if label not in number:
             known = ", ".join(classes[:8])
             raise ValueError(f"{place}: label {label!r} is none of the training set's: {known}")
-        try:
-            sequences.append(encode_bases(sequence))
-        except ValueError as error:
-            raise ValueError(f"{place}: {error}") from error
         if not sequence:
             raise ValueError(f"{place}: an empty sequence")
+        sequences.append(checked(place, sequence))
         labels.append(number[label])
     return Labelled(sequences, np.array(labels, dtype=np.int64))
 

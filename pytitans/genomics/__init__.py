@@ -1,0 +1,1 @@
+"""DNA: classes of sequences, next-base models, embeddings; see docs/genomics.md."""
