@@ -42,6 +42,16 @@ def test_read_a_book(folder):
     assert (folder / "book.safetensors").exists()
 
 
+def test_sensor_stream(folder):
+    """Untrained, but the signal that comes in pieces is answered as the whole one."""
+    options = ["--steps", "1", "--seconds", "0.5", "--count", "2"]
+    command = [sys.executable, str(EXAMPLES / "sensor_stream.py"), *options]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout.split("differ by")[-1]) < 1e-10
+
+
 def test_watch_memory(folder):
     assert "400 tokens" in run(folder, "watch_memory.py", "book.txt", "--tokens", "400")
     assert (folder / "watch_memory.png").read_bytes()[:4] == b"\x89PNG"

@@ -1,0 +1,245 @@
+"""The forecasting table of a data set: every model, horizon and seed, by one command.
+
+    python recipes/forecasting.py ETT-small.zip::ETTh1.csv
+    python recipes/forecasting.py weather.zip
+    python recipes/forecasting.py ETT-small.zip::ETTm1.csv --models lmm@336 dlinear@336 --seeds 0
+    python recipes/forecasting.py ETT-small.zip::ETTh1.csv --report
+
+A model is VARIANT@LOOKBACK, as lmm@96, mac@336, dlinear@96; lmm@96+672 reads 672 rows more with
+its memory alone while it is trained, and is also tested with a memory that has read the whole
+series up to the look-back ("carried"). The protocol is `pytitans/data/series.py`'s.
+
+Nothing is chosen by the test rows: the learning rate of a model is the one of three with which its
+shortest horizon has the lowest validation MSE at seed 0, and each run keeps the weights of its
+lowest validation loss. All is below --output, one folder a run; a stopped recipe goes on with the
+same command. The table and all scores go to --results/NAME.md and NAME.json. How runs are kept:
+`recipes/experiment.py`.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from experiment import Experiment, losses, run_all, seed_job, sweep_job, write_sweep
+
+HORIZONS = (96, 192, 336, 720)
+MODELS = (
+    "lmm@96", "lmm@336", "mac@336", "mag@336", "mal@336",
+    "dlinear@96", "dlinear@336", "itransformer@96", "patchtst@336", "seasonal_naive@96",
+)  # fmt: skip
+UNEVEN = ("weather",)  # a date that repeats and a gap, which the community's loaders do not see
+LARGE = 20_000  # rows from which on a series counts as large
+
+TITANS: dict[str, Any] = {
+    "hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 1, "intermediate_size": 64,
+    "patch_length": 16, "patch_stride": 16, "chunk_size": 8, "initializer_range": 0.06,
+}  # fmt: skip
+FIELDS: dict[str, dict[str, Any]] = {  # (small, large): what a baseline's authors take
+    "itransformer": {"small": {"d_model": 256, "ffn_dim": 256}, "large": {}},
+    "patchtst": {
+        "small": {},
+        "large": {
+            "d_model": 128, "ffn_dim": 256, "num_attention_heads": 16, "positional_dropout": 0.2,
+            "ff_dropout": 0.2, "path_dropout": 0.2, "head_dropout": 0.2,
+        },
+    },
+}  # fmt: skip
+RATES = {
+    "dlinear": (1e-4, 1e-3, 5e-3),
+    "itransformer": (1e-4, 5e-4, 1e-3),
+    "patchtst": (1e-4, 5e-4, 2e-3),
+    "seasonal_naive": (1e-3,),  # it learns nothing
+}
+TITANS_RATES = (5e-4, 1e-3, 2e-3)
+
+
+class Name(NamedTuple):
+    """lmm@96+672-h192, in parts."""
+
+    variant: str
+    context: int
+    history: int
+    horizon: int
+
+    @classmethod
+    def of(cls, text: str) -> "Name":
+        model, _, horizon = text.rpartition("-h")
+        variant, _, rows = model.partition("@")
+        context, _, history = rows.partition("+")
+        return cls(variant, int(context), int(history or 0), int(horizon))
+
+
+class Forecasting(Experiment):
+    def __init__(self, args: argparse.Namespace):
+        super().__init__(args)
+        self.models = tuple(f"{m}-h{h}" for m in args.models for h in sorted(args.horizons))
+
+    def data(self, name: Name):
+        from pytitans.data.series import SeriesData
+
+        return SeriesData(
+            file=self.args.file,
+            context_length=name.context,
+            history_length=name.history,
+            uneven_dates=self.args.name in UNEVEN,
+        )
+
+    def train(self, name: str, folder: Path, rate: float, seed: int) -> float:
+        import transformers
+
+        from pytitans.forecasting.runs import FACTS, VARIANTS, train_run
+        from pytitans.forecasting.train import ForecastArguments
+
+        transformers.logging.disable_progress_bar()
+        what = Name.of(name)
+        titans = what.variant in VARIANTS
+        size = "large" if self.args.rows > LARGE else "small"
+        fields = TITANS if titans else FIELDS.get(what.variant, {}).get(size, {})
+        args = ForecastArguments(
+            output_dir=str(folder), learning_rate=rate, seed=seed, **self.budget(titans, size)
+        )
+        (folder / FACTS).unlink(missing_ok=True)  # of a run that was stopped as it ended
+        run = train_run(
+            what.variant, fields, self.data(what), what.horizon, args, carried=what.history > 0
+        )
+        cells = [c for c in run.facts["cells"] if c["split"] == "validation"]
+        return cells[-1]["mse"]  # of the carried memory, if there is one
+
+    def budget(self, titans: bool, size: str) -> dict[str, Any]:
+        """Steps of 32 windows. What is scored while training is a part of a large validation set;
+        the score that learning rates are chosen by is that of all of it."""
+        steps = {"small": 800, "large": 2000} if titans else {"small": 2600, "large": 5000}
+        return {
+            "max_steps": self.steps(steps[size]),
+            "eval_strategy": "steps",
+            "eval_steps": max(1, self.steps(steps[size]) // 10),
+            "patience": 4,
+            "validation_stride": 4 if size == "large" else 1,
+        }
+
+    def evaluations(self, name: str) -> dict[str, list[str]]:
+        return {}  # the runs score themselves
+
+    def swept(self, name: str) -> str:
+        return f"{name.rpartition('-h')[0]}-h{min(self.args.horizons)}"
+
+    def rates(self, name: str) -> tuple[float, ...]:
+        return self.args.rates or RATES.get(Name.of(name).variant, TITANS_RATES)
+
+
+def found_cells(experiment: Forecasting, output: Path) -> list[dict[str, Any]]:
+    """The scores of all trained runs, with what it took to get them."""
+    cells = []
+    for path in sorted(output.glob("*-seed*/run.json")):
+        facts = json.loads(path.read_text())
+        name = Name.of(path.parent.name.rpartition("-seed")[0])
+        trained = facts["training"]
+        cells += [
+            cell
+            | {
+                "history_length": name.history,
+                "model": f"{name.variant}+{name.history}" if name.history else name.variant,
+                "learning_rate": facts["learning_rate"],
+                "parameters": facts["model"]["parameters"],
+                "steps": trained.get("steps"),
+                "seconds": trained.get("seconds"),
+            }
+            for cell in facts["cells"]
+        ]
+    return cells
+
+
+def report(experiment: Forecasting, output: Path, results: Path) -> None:
+    """NAME.json with every score, and NAME.md with the table of the test rows."""
+    from pytitans.evals.results import VERSION, describe_software
+    from pytitans.forecasting.backtest import table
+
+    cells = found_cells(experiment, output)
+    if not cells:
+        return
+    results.mkdir(parents=True, exist_ok=True)
+    sweep = output / "results" / "sweep.json"
+    found = {
+        "version": VERSION, "task": "forecast", "series": experiment.args.name,
+        "software": describe_software(),
+        "titans": TITANS,
+        "sweep": json.loads(sweep.read_text()) if sweep.exists() else {},
+        "cells": cells,
+    }  # fmt: skip
+    (results / f"{experiment.args.name}.json").write_text(json.dumps(found, indent=1) + "\n")
+    test = [cell for cell in cells if cell["split"] == "test"]
+    seeds = sorted({cell["seed"] for cell in test})
+    text = (
+        f"# {experiment.args.name}\n\nTest windows, MSE / MAE of standardised values, means of "
+        f"{len(seeds)} seeds. plain: a window alone; carried: a memory that has read all rows "
+        "before the look-back.\n\n"
+        f"{table(test)}\n\n{spread(test)}\n"
+    )
+    (results / f"{experiment.args.name}.md").write_text(text)
+    print(text)
+
+
+def spread(cells: list[dict[str, Any]]) -> str:
+    """The largest standard deviation over seeds, of any model and horizon."""
+    groups: dict[tuple, list[float]] = {}
+    for cell in cells:
+        key = cell["model"], cell["protocol"], cell["context_length"], cell["horizon"]
+        groups.setdefault(key, []).append(cell["mse"])
+    spreads = {key: statistics.stdev(found) for key, found in groups.items() if len(found) > 1}
+    if not spreads:
+        return "One seed."
+    key = max(spreads, key=lambda k: spreads[k])
+    where = f"{key[0]}, look-back {key[2]}, horizon {key[3]}"
+    return f"Standard deviation of MSE over seeds: {spreads[key]:.4f} at most ({where})."
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("file", help="CSV, or ZIP::NAME.csv")
+    add("--models", nargs="*", default=list(MODELS), help="VARIANT@LOOKBACK[+HISTORY]")
+    add("--horizons", type=int, nargs="*", default=list(HORIZONS))
+    add("--seeds", type=int, nargs="*", default=[0, 1, 2])
+    add("--rates", type=float, nargs="*", help="learning rates to choose from, for all models")
+    add("--jobs", type=int, default=os.cpu_count() or 1, help="runs side by side")
+    add("--share", type=float, default=1.0, help="of the steps, to try it out")
+    add("--output", type=Path, help="runs/forecasting/NAME")
+    add("--results", type=Path, default=Path("results/forecasting"))
+    add("--report", action="store_true", help="run nothing, report what is there")
+    args = parser.parse_args()
+
+    from pytitans.data.series import SeriesData, load_series
+
+    series = load_series(SeriesData(file=args.file, uneven_dates=True))
+    args.name, args.rows = series.name, len(series.values)
+    output = args.output or Path("runs/forecasting", args.name)
+    experiment = Forecasting(args)
+    failures = []
+    if not args.report:
+        os.environ["OMP_NUM_THREADS"] = "1"  # of the runs side by side, each has one
+        leaders = dict.fromkeys(map(experiment.swept, experiment.models))
+        sweep = [
+            (sweep_job, experiment, name, rate, output)
+            for name in leaders for rate in experiment.rates(name)
+        ]  # fmt: skip
+        failures += run_all(sweep, args.jobs)
+        ready = [name for name in experiment.models if losses(experiment.swept(name), output)]
+        seeded = [
+            (seed_job, experiment, name, seed, output) for seed in args.seeds for name in ready
+        ]
+        failures += run_all(seeded, args.jobs)
+        write_sweep(experiment, output)
+    report(experiment, output, args.results)
+    for failure in failures:
+        print(failure, file=sys.stderr)
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,80 @@
+"""The recipe of the table: what its names mean, what it chooses by, what it reports."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "recipes"))
+
+import experiment  # noqa: E402 - from the recipes' folder
+import forecasting  # noqa: E402
+
+
+def make(**options) -> forecasting.Forecasting:
+    given = {"models": ["lmm@96+672", "dlinear@336"], "horizons": [192, 96], "rates": None}
+    return forecasting.Forecasting(argparse.Namespace(share=0.1, **given | options))
+
+
+def test_names_and_who_is_swept():
+    made = make()
+    assert made.models == (
+        "lmm@96+672-h96", "lmm@96+672-h192", "dlinear@336-h96", "dlinear@336-h192",
+    )  # fmt: skip
+    assert forecasting.Name.of("lmm@96+672-h192") == ("lmm", 96, 672, 192)
+    assert forecasting.Name.of("dlinear@336-h96") == ("dlinear", 336, 0, 96)
+    assert made.swept("lmm@96+672-h192") == "lmm@96+672-h96"
+    assert len(made.rates("lmm@96+672-h96")) == len(made.rates("dlinear@336-h96")) == 3
+    assert made.budget(True, "small")["max_steps"] == 80
+
+
+def test_spread_is_over_seeds_alone():
+    place = {"model": "lmm", "protocol": "plain", "context_length": 96}
+    cells = [place | {"horizon": h, "mse": m} for h, m in ((96, 0.1), (96, 0.3), (192, 9.0))]
+    assert forecasting.spread(cells).endswith("0.1414 at most (lmm, look-back 96, horizon 96).")
+    assert forecasting.spread(cells[1:]) == "One seed."
+
+
+@pytest.fixture
+def table(tmp_path) -> Path:
+    t = np.arange(500)
+    dates = pd.date_range("2024-01-01", periods=500, freq="h")
+    frame = pd.DataFrame({"date": dates, "load": np.sin(t * 2 * np.pi / 24) + 0.1 * (t % 7)})
+    frame.to_csv(tmp_path / "power.csv", index=False)
+    return tmp_path / "power.csv"
+
+
+def test_one_command_makes_the_table_and_keeps_what_is_done(table, monkeypatch, capsys):
+    """Rates are chosen by validation, seeds follow, a second call trains nothing."""
+
+    def in_this_process(jobs, workers):
+        return [failure for job in jobs if (failure := experiment.attempt(*job))]
+
+    def recipe() -> list[str]:
+        assert forecasting.main() == 0
+        return capsys.readouterr().out.splitlines()
+
+    command = [
+        "forecasting.py", str(table), "--models", "dlinear@24", "seasonal_naive@24", "--horizons",
+        "6", "12", "--rates", "1e-9", "1e-2", "--share", "0.01", "--seeds", "0", "1",
+    ]  # fmt: skip
+    monkeypatch.setattr(sys, "argv", command)
+    monkeypatch.setattr(forecasting, "run_all", in_this_process)
+    monkeypatch.chdir(table.parent)
+    out = recipe()
+    assert any(line.startswith("| dlinear | plain | 24 |") for line in out)
+    found = json.loads((table.parent / "results/forecasting/power.json").read_text())
+    assert found["sweep"]["dlinear@24-h6"]["chosen"] == 1e-2
+    cells = [c for c in found["cells"] if c["model"] == "dlinear" and c["split"] == "test"]
+    assert {(c["horizon"], c["seed"]) for c in cells} == {(6, 0), (6, 1), (12, 0), (12, 1)}
+    assert {c["learning_rate"] for c in cells} == {1e-2}
+    runs = table.parent / "runs/forecasting/power"
+    before = {p: p.stat().st_mtime_ns for p in runs.rglob("model.safetensors")}
+    again = recipe()  # prints the table, and nothing before it
+    assert again[0] == "# power" and again == out[-len(again) :]
+    assert {p: p.stat().st_mtime_ns for p in runs.rglob("model.safetensors")} == before
