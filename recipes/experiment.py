@@ -88,6 +88,7 @@ class Experiment(ABC):
     """One recipe. `models`: the names it knows, in the order of the table."""
 
     models: Sequence[str]
+    command: Sequence[str] = ("eval",)  # of titans, that evaluates a model
 
     def __init__(self, args: argparse.Namespace):
         self.args = args
@@ -149,8 +150,9 @@ def evaluate(experiment: Experiment, name: str, seed: int, output: Path) -> None
         finished = path.exists() and json.loads(path.read_text())["finished"]
         if not finished:
             where = ["--model", str(folder), "--label", folder.name, "--output", str(path)]
-            if titans(["eval", *argv, *where]):
-                raise RuntimeError(f"titans eval {' '.join([*argv, *where])} failed")
+            command = [*experiment.command, *argv, *where]
+            if titans(command):
+                raise RuntimeError(f"titans {' '.join(command)} failed")
 
 
 def lost(output: Path, result: str, model: str) -> bool:

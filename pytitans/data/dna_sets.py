@@ -107,9 +107,7 @@ def load_sets(data: DnaData) -> Sets:
     if missing:
         origin = f"drawn from the training sequences with seed {data.split_seed}"
         how = how if len(missing) < 2 else []
-        how.append(
-            f"{' and '.join(missing)} {origin}, a sequence's copies on either strand with it"
-        )
+        how.append(f"{' and '.join(missing)} {origin}, copies on either strand together")
     return Sets(sets["train"], sets["dev"], sets["test"], classes, "; ".join(how))
 
 
