@@ -36,7 +36,7 @@ LARGE = 20_000  # rows from which on a series counts as large
 
 TITANS: dict[str, Any] = {
     "hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 1, "intermediate_size": 64,
-    "patch_length": 16, "patch_stride": 16, "chunk_size": 8, "initializer_range": 0.06,
+    "patch_length": 16, "patch_stride": 16, "chunk_size": 16, "dropout": 0.2,
 }  # fmt: skip
 FIELDS: dict[str, dict[str, Any]] = {  # (small, large): what a baseline's authors take
     "itransformer": {"small": {"d_model": 256, "ffn_dim": 256}, "large": {}},

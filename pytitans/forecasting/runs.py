@@ -207,7 +207,7 @@ def load_run(folder: str | Path) -> Run:
         facts = json.loads((Path(folder) / FACTS).read_text())
         name = facts["name"]
         kind = TitansForForecasting if name in VARIANTS else BASELINES[name][1]
-        model = kind.from_pretrained(folder)
+        model: Any = kind.from_pretrained(folder)
     except (OSError, KeyError, ValueError) as error:
         raise ValueError(
             f"{str(folder)!r} holds no forecasting run that can be loaded ({error}): make one by "

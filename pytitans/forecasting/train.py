@@ -64,7 +64,7 @@ class ForecastArguments(TrainingArguments):
     logging_steps: float = 50
     report_to: str | list[str] | None = "none"
     disable_tqdm: bool | None = True
-    remove_unused_columns: bool | None = False
+    remove_unused_columns: bool = False
     prediction_loss_only: bool = True
     seed: int = 0
 

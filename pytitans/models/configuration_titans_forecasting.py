@@ -27,7 +27,7 @@ class TitansForecastingConfig(TitansConfig):
         channel_mixing: a layer that mixes the variables after the memory over time; without it each
             variable is a row of its own.
         linear_skip: a linear map from look-back to forecast, added to what the memory says.
-        dropout: of embedded patches, feed-forward layers' results and the head.
+        dropout: of embedded patches, and of what the horizon is made from.
     """
 
     model_type = "titans_forecasting"
@@ -36,9 +36,10 @@ class TitansForecastingConfig(TitansConfig):
     vocab_size: int = 1  # patches are embedded, not tokens
     hidden_size: int = 32
     num_hidden_layers: int = 1
+    num_attention_heads: int = 2
     intermediate_size: int = 64
     memory_expansion: int | float = 2
-    chunk_size: int = 4
+    chunk_size: int = 16
     segment_len: int = 16
     window: int = 16
     use_cache: bool = False
@@ -50,18 +51,13 @@ class TitansForecastingConfig(TitansConfig):
     context_length: int = 96
     prediction_length: int = 96
     patch_length: int = 16
-    patch_stride: int = 8
+    patch_stride: int = 16
     scaling: Literal["std"] | None = "std"
     loss: Literal["mse", "mae", "huber"] = "mse"
     quantiles: list[float] | tuple[float, ...] = ()
     channel_mixing: bool = False
-    pooling_type: Literal["last"] | None = None
     linear_skip: bool = True
-    dropout: int | float = 0.1
-
-    @property
-    def num_patches(self) -> int:
-        return (self.context_length - self.patch_length) // self.patch_stride + 1
+    dropout: int | float = 0.2
 
     def validate_forecasting(self):
         for name in ("num_input_channels", "prediction_length", "patch_length", "patch_stride"):

@@ -1,8 +1,8 @@
 """TitansForForecasting: from the last rows of a series to the next ones.
 
     look-back [context, V] -> scaled, each variable alone (RevIN) -> patches, a token each
-    -> blocks of TitansModel over time -> (a layer over the variables) -> all tokens to all steps
-    -> scaled back
+    -> blocks of TitansModel over time -> (a layer over the variables) -> the last token to all
+    steps, beside a linear map of the look-back -> scaled back
 
 The patches are PatchTST's (https://arxiv.org/abs/2211.14730), scaling is RevIN's
 (https://openreview.net/forum?id=cGDAkQo1C0p), the linear path from look-back to forecast TiDE's
@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.models.auto.modeling_auto import AutoModel, AutoModelForTimeSeriesPrediction
-from transformers.utils import ModelOutput
+from transformers.utils.generic import ModelOutput
 
 from pytitans.cache import TitansCache
 from pytitans.models.configuration_titans_forecasting import TitansForecastingConfig
@@ -78,7 +78,7 @@ class Rows(NamedTuple):
 
 
 class ChannelMixing(nn.Module):
-    """An MLP over the variables, at every token and feature alone: x + down(gelu(up(norm(x))))."""
+    """An MLP over the variables, at every feature alone: x + down(gelu(up(norm(x))))."""
 
     def __init__(self, channels: int, dim: int, dropout: float):
         super().__init__()
@@ -87,7 +87,7 @@ class ChannelMixing(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [B, V, N, D]."""
+        """x [B, V, D]."""
         y = self.norm(x).movedim(1, -1)
         return x + self.dropout(self.down(F.gelu(self.up(y)))).movedim(-1, 1)
 
@@ -101,7 +101,7 @@ class TitansForForecasting(TitansPreTrainedModel):
     >>> out = model(past_values=rows, past_key_values=out.past_key_values)
     """
 
-    config: TitansForecastingConfig
+    config: TitansForecastingConfig  # type: ignore - of the parent's, a narrower one
     config_class = TitansForecastingConfig
     main_input_name = "past_values"
     base_model_prefix = ""  # a saved memory depends on how patches are embedded
@@ -118,8 +118,7 @@ class TitansForForecasting(TitansPreTrainedModel):
                 config.num_input_channels, config.hidden_size, config.dropout
             )
         values = config.prediction_length * (1 + len(config.quantiles))
-        tokens = config.num_patches if config.pooling_type is None else 1
-        self.head = nn.Linear(tokens * config.hidden_size, values)
+        self.head = nn.Linear(config.hidden_size, values)
         self.skip = nn.Linear(config.context_length, values) if config.linear_skip else None
         for out in filter(None, (self.head, self.skip)):  # the first forecast is the mean
             nn.init.zeros_(out.weight)
@@ -218,11 +217,10 @@ class TitansForForecasting(TitansPreTrainedModel):
         scaled, loc, scale = window.scaled(config.scaling)
         patches = scaled.unfold(1, config.patch_length, config.patch_stride)
         hidden, _ = self.model.run(self.dropout(self.embed(patches)), states, None)
-        last = hidden[-1]
+        last = hidden[-1][:, -1]  # all patches' words for the horizon overfit: docs/forecasting.md
         if self.mixing is not None:
             last = self.mixing(last.unflatten(0, (-1, channels))).flatten(0, 1)
-        last = last if config.pooling_type is None else last[:, -1:]
-        out = self.head(self.dropout(last.flatten(1)))
+        out = self.head(self.dropout(last))
         if self.skip is not None:
             out = out + self.skip(scaled)
         out = (out * scale + loc).unflatten(1, (config.prediction_length, -1))
