@@ -1,4 +1,4 @@
-"""The command `titans`: train, eval, report, read, generate, info, serve.
+"""The command `titans`: train, eval, report, read, generate, info, serve, forecast, dna.
 
 Options are the fields of the classes they configure: `--data.X` TextData, `--model.X` TitansConfig,
 `--train.X` TrainArguments, which are Hugging Face's TrainingArguments. Torch and transformers are
