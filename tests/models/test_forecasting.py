@@ -117,6 +117,11 @@ def test_missing_values_are_not_looked_at():
     out = forecast(model, nan, past_observed_mask=seen)
     torch.testing.assert_close(out, forecast(model, wrong, past_observed_mask=seen))
     assert (out - forecast(model, past)).abs().max() > 1e-4
+    known, look_back = seen[:, -CONTEXT:], past[:, -CONTEXT:]  # scaled by what was observed alone
+    got = model(past_values=nan, past_observed_mask=seen)
+    torch.testing.assert_close(got.loc[1, 0, 0], look_back[1, :, 0][known[1, :, 0]].mean())
+    spread = look_back[1, :, 0][known[1, :, 0]].var(correction=0)
+    torch.testing.assert_close(got.scale[1, 0, 0], (spread + 1e-5).sqrt())
     with pytest.raises(ValueError, match="NaN: mark what is missing"):
         model(past_values=nan)
     assert forecast(model, nan, past_observed_mask=torch.zeros_like(seen)).isfinite().all()
