@@ -47,6 +47,20 @@ def test_attention_alone_does_not_reach_that_far(variant, ids):
     assert reach[:, 0].abs().max() == 0
 
 
+def test_mac_writes_a_token_and_not_only_what_attention_makes_of_it(ids):
+    """With an attention that says nothing, the memory still tells two texts apart."""
+    model = tiny_model("mac", num_hidden_layers=1)
+    block = model.model.layers[0].block
+    with torch.no_grad():
+        block.attention.qkv.weight[2 * block.memory.dim :] = 0  # values
+    memories = [
+        model(text, use_cache=True).past_key_values.states[0].memory.memory.M
+        for text in (ids, (ids + 1) % 16)
+    ]
+    for a, b in zip(*memories, strict=True):
+        assert (a - b).abs().max() > 1e-3
+
+
 def test_batch_rows_do_not_mix(model, ids):
     changed = ids.clone()
     changed[1] = (changed[1] + 3) % 16
