@@ -27,7 +27,7 @@ import threading
 import time
 import traceback
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from pathlib import Path
@@ -105,6 +105,10 @@ class Experiment(ABC):
     @abstractmethod
     def evaluations(self, name: str) -> dict[str, list[str]]:
         """Arguments of `titans eval`, without model and output, by the name of the result."""
+
+    def rates(self, name: str) -> Sequence[float]:
+        """The learning rates to choose from."""
+        return self.args.rates
 
     def swept(self, name: str) -> str:
         """The model whose best learning rate this one is given."""
@@ -261,17 +265,28 @@ def run(
         known = ", ".join(experiment.models)
         parser.error(f"unknown models {', '.join(sorted(unknown))}: choose of {known}")
     names = args.models or list(experiment.models)
-    failures, output = [], Path(str(args.output).format(**vars(args)))
+    output = Path(str(args.output).format(**vars(args)))
+    return run_experiment(experiment, names, output, lambda: report(output))
+
+
+def run_experiment(
+    experiment: Experiment, names: Sequence[str], output: Path, show: Callable[[], None]
+) -> int:
+    """Sweep, seeds, then `show()`, the tables; with --report these alone. Returns the exit code."""
+    args, failures = experiment.args, []
     if not args.report:
         os.environ["OMP_NUM_THREADS"] = "1"  # of the runs side by side, each has one
         leaders = dict.fromkeys(map(experiment.swept, names))
-        sweep = [(sweep_job, experiment, x, rate, output) for x in leaders for rate in args.rates]
+        sweep = [
+            (sweep_job, experiment, name, rate, output)
+            for name in leaders for rate in experiment.rates(name)
+        ]  # fmt: skip
         failures += run_all(sweep, args.jobs)
         ready = [name for name in names if losses(experiment.swept(name), output)]
         seeded = [(seed_job, experiment, x, seed, output) for seed in args.seeds for x in ready]
         failures += run_all(seeded, args.jobs)
         write_sweep(experiment, output)
-    report(output)
+    show()
     for failure in failures:
         print(failure, file=sys.stderr)
     return 1 if failures else 0

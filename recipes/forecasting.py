@@ -20,11 +20,10 @@ import argparse
 import json
 import os
 import statistics
-import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from experiment import Experiment, losses, run_all, seed_job, sweep_job, write_sweep
+from experiment import Experiment, run_experiment
 
 HORIZONS = (96, 192, 336, 720)
 MODELS = (
@@ -224,25 +223,9 @@ def main() -> int:
     args.name, args.rows = series.name, len(series.values)
     output = args.output or Path("runs/forecasting", args.name)
     experiment = Forecasting(args)
-    failures = []
-    if not args.report:
-        os.environ["OMP_NUM_THREADS"] = "1"  # of the runs side by side, each has one
-        leaders = dict.fromkeys(map(experiment.swept, experiment.models))
-        sweep = [
-            (sweep_job, experiment, name, rate, output)
-            for name in leaders for rate in experiment.rates(name)
-        ]  # fmt: skip
-        failures += run_all(sweep, args.jobs)
-        ready = [name for name in experiment.models if losses(experiment.swept(name), output)]
-        seeded = [
-            (seed_job, experiment, name, seed, output) for seed in args.seeds for name in ready
-        ]
-        failures += run_all(seeded, args.jobs)
-        write_sweep(experiment, output)
-    report(experiment, output, args.results)
-    for failure in failures:
-        print(failure, file=sys.stderr)
-    return 1 if failures else 0
+    return run_experiment(
+        experiment, experiment.models, output, lambda: report(experiment, output, args.results)
+    )
 
 
 if __name__ == "__main__":

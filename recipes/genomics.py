@@ -21,11 +21,10 @@ import argparse
 import json
 import os
 import statistics
-import sys
 from pathlib import Path
 from typing import Any
 
-from experiment import Experiment, losses, run_all, seed_job, sweep_job, write_sweep
+from experiment import Experiment, run_experiment
 
 TITANS = ("mal", "lmm", "mag", "mac")
 CNNS = ("cnn", "cnn_wide")
@@ -201,21 +200,9 @@ def main() -> int:
     args = parser.parse_args()
     args.name = name_of(args.data)
     output, experiment = args.output or Path("runs/genomics", args.name), Genomics(args)
-    failures = []
-    if not args.report:
-        os.environ["OMP_NUM_THREADS"] = "1"  # of the runs side by side, each has one
-        sweep = [
-            (sweep_job, experiment, x, rate, output) for x in args.models for rate in args.rates
-        ]
-        failures += run_all(sweep, args.jobs)
-        ready = [name for name in args.models if losses(name, output)]
-        seeded = [(seed_job, experiment, x, seed, output) for seed in args.seeds for x in ready]
-        failures += run_all(seeded, args.jobs)
-        write_sweep(experiment, output)
-    report(experiment, output, args.results)
-    for failure in failures:
-        print(failure, file=sys.stderr)
-    return 1 if failures else 0
+    return run_experiment(
+        experiment, args.models, output, lambda: report(experiment, output, args.results)
+    )
 
 
 if __name__ == "__main__":

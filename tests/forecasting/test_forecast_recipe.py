@@ -64,7 +64,7 @@ def test_one_command_makes_the_table_and_keeps_what_is_done(table, monkeypatch, 
         "6", "12", "--rates", "1e-9", "1e-2", "--share", "0.01", "--seeds", "0", "1",
     ]  # fmt: skip
     monkeypatch.setattr(sys, "argv", command)
-    monkeypatch.setattr(forecasting, "run_all", in_this_process)
+    monkeypatch.setattr(experiment, "run_all", in_this_process)
     monkeypatch.chdir(table.parent)
     out = recipe()
     assert any(line.startswith("| dlinear | plain | 24 |") for line in out)

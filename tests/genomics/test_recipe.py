@@ -9,7 +9,8 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "recipes"))
 
-import genomics
+import experiment  # noqa: E402 - from the recipes' folder
+import genomics  # noqa: E402
 
 
 @pytest.fixture
@@ -32,7 +33,7 @@ def run_here(jobs, workers):
 
 
 def test_from_data_to_table(table, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(genomics, "run_all", run_here)
+    monkeypatch.setattr(experiment, "run_all", run_here)
     small = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32}
     monkeypatch.setattr(genomics, "SHAPE", genomics.SHAPE | small)
     monkeypatch.setitem(genomics.BUDGETS, "toy", {"steps": 4, "batch": 8, "strands": "augment"})
