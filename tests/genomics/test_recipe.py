@@ -9,8 +9,8 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "recipes"))
 
-import experiment  # noqa: E402 - from the recipes' folder
-import genomics  # noqa: E402
+import experiment
+import genomics
 
 
 @pytest.fixture
