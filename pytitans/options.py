@@ -7,7 +7,7 @@ so in a YAML file. Help comes from their docstrings; jsonargparse checks types a
 import argparse
 import dataclasses
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -172,6 +172,19 @@ SHOWN = {  # by --help; --help-all shows the rest
 }
 RUN_FILE = "run.yaml"
 FIELD = re.compile(r"^ {4,8}([a-z]\w*(?:, \w+)*)(?: \(.*\))?:\s", re.MULTILINE)  # in a docstring
+
+
+def subcommand(
+    command: str, commands: Mapping[str, Callable[[list[str]], int]], help: str, argv: list[str]
+) -> int:
+    """Runs the part of a command that has several; without one, or asked for it, prints help."""
+    name, *options = argv or ["--help"]
+    if name in ("-h", "--help", "help"):
+        print(help)
+        return 0
+    if name not in commands:
+        raise ValueError(f"{name!r} is no command of {command}: choose {', '.join(commands)}")
+    return commands[name](options)
 
 
 def new_parser(command: str, description: str) -> "ArgumentParser":

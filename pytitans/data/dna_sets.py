@@ -11,7 +11,6 @@ either strand.
 """
 
 import csv
-import gzip
 import lzma
 import zlib
 from collections import Counter
@@ -179,8 +178,7 @@ def lines_of(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
 
 
 def opened_text(path: Path) -> IO[str]:
-    openers = {".gz": gzip.open, ".xz": lzma.open}
-    return openers.get(path.suffix, open)(path, "rt", encoding="utf-8", newline="")  # type: ignore
+    return COMPRESSED.get(path.suffix, open)(path, "rt", encoding="utf-8", newline="")  # type: ignore
 
 
 def table_rows(path: Path) -> Iterator[Row]:

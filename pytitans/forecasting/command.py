@@ -5,7 +5,7 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pytitans.options import add_fields, new_parser, parse
+from pytitans.options import add_fields, new_parser, parse, subcommand
 
 if TYPE_CHECKING:
     from pytitans.data.series import Series
@@ -25,13 +25,7 @@ titans forecast: the next rows of a table with dates
 
 
 def forecast(argv: list[str]) -> int:
-    command, *options = argv or ["--help"]
-    if command in ("-h", "--help", "help"):
-        print(HELP)
-        return 0
-    if command not in COMMANDS:
-        raise ValueError(f"{command!r} is no command of forecast: choose {', '.join(COMMANDS)}")
-    return COMMANDS[command](options)
+    return subcommand("forecast", COMMANDS, HELP, argv)
 
 
 def train_command(argv: list[str]) -> int:

@@ -14,6 +14,7 @@ from pytitans.options import (
     new_parser,
     parse,
     resumed,
+    subcommand,
 )
 
 if TYPE_CHECKING:
@@ -61,13 +62,7 @@ GENOME_RUN: dict[str, Any] = CLASSIFIER_RUN | {
 
 
 def dna(argv: list[str]) -> int:
-    command, *options = argv or ["--help"]
-    if command in ("-h", "--help", "help"):
-        print(HELP)
-        return 0
-    if command not in COMMANDS:
-        raise ValueError(f"{command!r} is no command of dna: choose {', '.join(COMMANDS)}")
-    return COMMANDS[command](options)
+    return subcommand("dna", COMMANDS, HELP, argv)
 
 
 def is_genome(files) -> bool:
