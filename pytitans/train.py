@@ -171,7 +171,6 @@ def train_on_tokens(
     sequences = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
     bits = text.tokens / text.bytes / math.log(2)
     progress = Progress(bits, sequences * length)
-    stop = StopOnSignal()
     trainer = TextTrainer(
         model=model,
         args=args,
@@ -182,28 +181,50 @@ def train_on_tokens(
         data_collator=default_data_collator,
         compute_metrics=lambda scored: {"bits_per_byte": bits_per_byte(scored, held_out.bytes)},
         preprocess_logits_for_metrics=nll_of_outputs,
-        callbacks=[progress, KeepCacheOn(), stop],
+        callbacks=[progress],
     )
+    facts = run_trainer(trainer, checkpoint) | {
+        "train_tokens": trainer.state.global_step * sequences * length,
+        "tokens_per_second": round(progress.tokens_per_second, 1),
+        "bits_per_byte": last_metric(trainer.state, "eval_bits_per_byte"),
+        "eval_bytes": held_out.bytes,
+        "train_bytes": text.bytes,
+        "processes": args.world_size,
+        "data": asdict(data),
+    }
+    save(trainer, facts)
+    if trainer.is_world_process_zero():
+        plot_losses(trainer.state.log_history, bits, Path(args.output_dir or "", CURVE))
+    return facts
+
+
+def run_trainer(trainer: Trainer, checkpoint: str | None = None) -> dict[str, Any]:
+    """Trains to the end, and what every run's `run.json` holds of it.
+
+    Raises KeyboardInterrupt, with a checkpoint saved, when stopped by SIGINT or SIGTERM.
+    """
+    args, model, stop = trainer.args, trainer.model, StopOnSignal()
+    assert model is not None
     trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(KeepCacheOn())
+    trainer.add_callback(stop)
     began = time.perf_counter()
     with stop.listening():
         trainer.train(resume_from_checkpoint=checkpoint)
     if stop.asked:
-        raise KeyboardInterrupt(f"saved; go on by --resume {args.output_dir}")
-    facts = {
+        raise KeyboardInterrupt(
+            f"saved; go on by --resume {args.output_dir}, or by the same command if it is a recipe"
+        )
+    model.config.use_cache = True
+    return {
         "command": shlex.join(sys.argv),
-        "parameters": sum(p.numel() for p in model.parameters()),
+        "parameters": model.num_parameters(),
         "steps": trainer.state.global_step,
-        "train_tokens": trainer.state.global_step * sequences * length,
-        "tokens_per_second": round(progress.tokens_per_second, 1),
         "seconds": round(time.perf_counter() - began, 1),
-        "bits_per_byte": last_metric(trainer.state, "eval_bits_per_byte"),
-        "eval_bytes": held_out.bytes,
-        "train_bytes": text.bytes,
+        "learning_rate": args.learning_rate,
+        "weight_decay": args.weight_decay,
         "seed": args.seed,
         "bf16": args.bf16,
-        "processes": args.world_size,
-        "data": asdict(data),
         "model": model.config.to_diff_dict(),
         "versions": {
             "python": platform.python_version(),
@@ -211,9 +232,6 @@ def train_on_tokens(
             "transformers": transformers.__version__,
         },
     }
-    model.config.use_cache = True
-    save(trainer, facts, bits)
-    return facts
 
 
 class TextTrainer(Trainer):
@@ -353,10 +371,9 @@ def last_metric(state: TrainerState, name: str) -> float | None:
     return next((log[name] for log in reversed(state.log_history) if name in log), None)
 
 
-def save(trainer: Trainer, facts: dict[str, Any], bits: float) -> None:
-    """The model, its tokenizer, the facts and the loss curve, in the run's folder."""
-    folder = Path(trainer.args.output_dir or "")
+def save(trainer: Trainer, facts: dict[str, Any]) -> None:
+    """The model, its tokenizer and the facts, in the run's folder."""
     trainer.save_model()
     if trainer.is_world_process_zero():
-        (folder / FACTS).write_text(json.dumps(facts, indent=2, default=str))
-        plot_losses(trainer.state.log_history, bits, folder / CURVE)
+        path = Path(trainer.args.output_dir or "", FACTS)
+        path.write_text(json.dumps(facts, indent=1, default=str) + "\n")

@@ -8,10 +8,6 @@ around a key of five digits stays at chance for hundreds of steps (docs/log.md).
 stages, each with longer texts, and half of the texts of a stage are shorter than its longest.
 """
 
-import json
-import shlex
-import sys
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -23,20 +19,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.utils.data import Dataset
-from transformers import PreTrainedModel, PreTrainedTokenizerFast, PrinterCallback
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from transformers.trainer_utils import get_last_checkpoint
 
 from pytitans.data.windows import IGNORED
 from pytitans.evals.task import Task
 from pytitans.report import Progress, new_axes
-from pytitans.train import (
-    CURVE,
-    FACTS,
-    KeepCacheOn,
-    StopOnSignal,
-    TextTrainer,
-    TrainArguments,
-)
+from pytitans.train import CURVE, TextTrainer, TrainArguments, run_trainer, save
 
 ALONE = 512  # tokens of a text without background, of length 0: about a story of BABILong
 TRAINING_SEEDS = 10**6  # added to a run's seed: no text is trained on that an evaluation asks
@@ -158,7 +147,6 @@ def train_on_tasks(
     args.per_device_train_batch_size = 1  # a batch is ready-made
     args.remove_unused_columns = False  # of the batch: the targets, which no model takes
     tokens = sum(stage.steps * stage.fill for stage in stages) // len(batches)
-    progress, stop = TaskProgress(1.0, tokens), StopOnSignal()
     trainer = TaskTrainer(
         model=model,
         args=args,
@@ -166,26 +154,14 @@ def train_on_tasks(
         train_dataset=batches,
         processing_class=tokenizer,
         data_collator=lambda rows: rows[0],
-        callbacks=[progress, KeepCacheOn(), stop],
+        callbacks=[TaskProgress(1.0, tokens)],
     )
-    trainer.remove_callback(PrinterCallback)
     trainer.rest = rest
     folder = Path(args.output_dir or "")
     checkpoint = get_last_checkpoint(str(folder)) if folder.is_dir() else None
-    began = time.perf_counter()
-    with stop.listening():
-        trainer.train(resume_from_checkpoint=checkpoint)
-    if stop.asked:
-        raise KeyboardInterrupt(f"saved in {args.output_dir}; the same command goes on")
-    model.config.use_cache = True
+    facts = run_trainer(trainer, checkpoint)
     history = [log for log in trainer.state.log_history if "answer_loss" in log]
-    facts = {
-        "command": shlex.join(sys.argv),
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "steps": trainer.state.global_step,
-        "seconds": round(time.perf_counter() - began, 1),
-        "learning_rate": args.learning_rate,
-        "seed": args.seed,
+    facts |= {
         "rest": rest,
         "stages": [
             {
@@ -197,11 +173,9 @@ def train_on_tasks(
             }
             for s in stages
         ],
-        "model": model.config.to_diff_dict(),
         "history": [[log["step"], log["answer_loss"], log["exact"]] for log in history],
     }
-    trainer.save_model()
-    (folder / FACTS).write_text(json.dumps(facts, indent=1, default=str) + "\n")
+    save(trainer, facts)
     plot_answers(facts, folder / CURVE)
     return facts
 

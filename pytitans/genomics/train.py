@@ -3,11 +3,6 @@
 Both on the loop of `pytitans.train`; what is drawn when: `pytitans.genomics.batches`.
 """
 
-import json
-import platform
-import shlex
-import sys
-import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -15,14 +10,8 @@ from typing import Any
 
 import numpy as np
 import torch
-import transformers
 from torch import Tensor
-from transformers import (
-    EvalPrediction,
-    PreTrainedModel,
-    PreTrainedTokenizerFast,
-    PrinterCallback,
-)
+from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerFast
 
 from pytitans.data.dna import EOS_ID, stored_bases
 from pytitans.data.dna_sets import SPLITS, DnaData, Sets
@@ -38,11 +27,11 @@ from pytitans.genomics.scores import average_strands, scores
 from pytitans.report import Progress, new_axes
 from pytitans.train import (
     CURVE,
-    FACTS,
-    StopOnSignal,
     TextTrainer,
     TrainArguments,
     planned_steps,
+    run_trainer,
+    save,
     train_on_tokens,
 )
 
@@ -86,7 +75,7 @@ def train_classifier(
         model, args, Collated(DrawnSequences(sets.train, 64, args.seed, augment)), checkpoint
     )
     mean_length = float(np.mean([len(x) for x in sets.train.sequences]))
-    progress, stop = ClassifierProgress(1.0, round(batch * mean_length)), StopOnSignal()
+    progress = ClassifierProgress(1.0, round(batch * mean_length))
     trainer = TextTrainer(
         model=model,
         args=args,
@@ -97,45 +86,23 @@ def train_classifier(
         data_collator=collate,
         compute_metrics=lambda found: dev_scores(found, sets.dev.labels, both),
         preprocess_logits_for_metrics=logits_alone,
-        callbacks=[progress, stop],
+        callbacks=[progress],
     )
-    trainer.remove_callback(PrinterCallback)
-    began = time.perf_counter()
-    with stop.listening():
-        trainer.train(resume_from_checkpoint=checkpoint)
-    if stop.asked:
-        raise KeyboardInterrupt(f"saved; go on by --resume {args.output_dir}")
-    seconds = time.perf_counter() - began
+    facts = run_trainer(trainer, checkpoint)
     found = trainer.evaluate()
-    facts = {
-        "command": shlex.join(sys.argv),
-        "parameters": model.num_parameters(),
-        "steps": trainer.state.global_step,
+    facts |= {
         "sequences": trainer.state.global_step * batch,
         "epochs": round(trainer.state.global_step * batch / len(sets.train.labels), 2),
         "best_step": trainer.state.best_global_step,
         "tokens_per_second": round(progress.tokens_per_second, 1),
-        "seconds": round(seconds, 1),
         "dev": {key: found[f"eval_{key}"] for key in ("loss", "mcc", "accuracy")},
         "sizes": {name: len(getattr(sets, name).labels) for name in SPLITS},
         "split": sets.split,
         "classes": sets.classes,
-        "learning_rate": args.learning_rate,
-        "weight_decay": args.weight_decay,
-        "seed": args.seed,
-        "bf16": args.bf16,
         "data": asdict(data),
-        "model": model.config.to_diff_dict(),
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
     }
-    trainer.save_model()
-    folder = Path(args.output_dir or "")
-    (folder / FACTS).write_text(json.dumps(facts, indent=2, default=str))
-    plot_training(trainer.state.log_history, folder / CURVE)
+    save(trainer, facts)
+    plot_training(trainer.state.log_history, Path(args.output_dir or "", CURVE))
     return facts
 
 
