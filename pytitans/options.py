@@ -267,7 +267,7 @@ def add_model_arguments(parser: "ArgumentParser", more: Sequence[str] = ()) -> N
     inherited = {field.name for field in dataclasses.fields(PreTrainedConfig)}
     own = {"variant", "vocab_size", "use_cache", "bos_token_id", "eos_token_id", "pad_token_id"}
     add = parser.add_argument
-    add("--model.variant", type=Literal[names], help="architecture; short: --variant")  # type: ignore
+    add("--model.variant", type=Literal[names], help="architecture; short: --variant")  # type: ignore - a tuple
     add("--model.vocab_size", type=int | None, help="rows of the embedding; the tokenizer's size")
     add_fields(parser, "model", TitansConfig, skip=inherited | own)
     parser.set_defaults({k: v for k, v in DEFAULT_RUN.items() if k.startswith("model.")})

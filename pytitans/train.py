@@ -203,8 +203,8 @@ def run_trainer(trainer: Trainer, checkpoint: str | None = None) -> dict[str, An
 
     Raises KeyboardInterrupt, with a checkpoint saved, when stopped by SIGINT or SIGTERM.
     """
-    args, model, stop = trainer.args, trainer.model, StopOnSignal()
-    assert model is not None
+    args, stop = trainer.args, StopOnSignal()
+    model: Any = trainer.model
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(KeepCacheOn())
     trainer.add_callback(stop)
@@ -257,7 +257,8 @@ class TextTrainer(Trainer):
         return loss + price * self.penalty.take()
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None):
-        return torch.utils.data.SequentialSampler(train_dataset or self.train_dataset)  # type: ignore
+        dataset: Any = train_dataset or self.train_dataset
+        return torch.utils.data.SequentialSampler(dataset)
 
     def get_decay_parameter_names(self, model) -> list[str]:
         return [name for name, weight in model.named_parameters() if weight.ndim > 1]

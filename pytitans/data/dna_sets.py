@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Literal, NamedTuple
+from typing import IO, Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -178,7 +178,8 @@ def lines_of(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
 
 
 def opened_text(path: Path) -> IO[str]:
-    return COMPRESSED.get(path.suffix, open)(path, "rt", encoding="utf-8", newline="")  # type: ignore
+    opened: Any = COMPRESSED.get(path.suffix, open)
+    return opened(path, "rt", encoding="utf-8", newline="")
 
 
 def table_rows(path: Path) -> Iterator[Row]:

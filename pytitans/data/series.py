@@ -62,8 +62,8 @@ class Borders(NamedTuple):
     test: int
 
     def span(self, split: str) -> tuple[int, int]:
-        ends = (0, *self)
-        return ends[SPLITS.index(split)], ends[SPLITS.index(split) + 1]  # type: ignore
+        ends, part = (0, self.train, self.validation, self.test), SPLITS.index(split)
+        return ends[part], ends[part + 1]
 
 
 class Scaler(NamedTuple):

@@ -1,11 +1,12 @@
 """What to compare with: DLinear, iTransformer, PatchTST (Hugging Face's), and repeating a season.
 
 All take `past_values` [B, context, V] and `future_values` [B, horizon, V] and return an output with
-`loss` (MSE) and `prediction_outputs` [B, horizon, V], as Hugging Face's PatchTST does.
+`loss` and `prediction_outputs` [B, horizon, V], as Hugging Face's PatchTST does. The loss is MSE,
+as in their papers, if not asked otherwise.
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,8 @@ from torch import Tensor, nn
 from transformers import PatchTSTConfig, PatchTSTForPrediction, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.utils.generic import ModelOutput
+
+from pytitans.models.modeling_titans_forecasting import POINT_LOSS
 
 EPS = 1e-5
 
@@ -26,8 +29,8 @@ class ForecastOutput(ModelOutput):
     prediction_outputs: Tensor | None = None
 
 
-def forecast_output(prediction: Tensor, future: Tensor | None) -> ForecastOutput:
-    loss = None if future is None else F.mse_loss(prediction, future)
+def forecast_output(prediction: Tensor, future: Tensor | None, kind: str = "mse") -> ForecastOutput:
+    loss = None if future is None else POINT_LOSS[kind](prediction, future)
     return ForecastOutput(loss=loss, prediction_outputs=prediction)
 
 
@@ -41,6 +44,7 @@ class DLinearConfig(PreTrainedConfig):
     prediction_length: int = 96
     num_input_channels: int = 1
     kernel_size: int = 25
+    loss: Literal["mse", "mae", "huber"] = "mse"
 
 
 class DLinear(PreTrainedModel):
@@ -68,7 +72,9 @@ class DLinear(PreTrainedModel):
         x, size = past_values.mT, self.config.kernel_size
         padded = F.pad(x, ((size - 1) // 2, size // 2), mode="replicate")
         trend = F.avg_pool1d(padded, size, stride=1)
-        return forecast_output((self.trend(trend) + self.rest(x - trend)).mT, future_values)
+        return forecast_output(
+            (self.trend(trend) + self.rest(x - trend)).mT, future_values, self.config.loss
+        )
 
 
 @strict
@@ -85,6 +91,7 @@ class ITransformerConfig(PreTrainedConfig):
     num_attention_heads: int = 8
     ffn_dim: int = 128
     dropout: float = 0.1
+    loss: Literal["mse", "mae", "huber"] = "mse"
 
 
 class ITransformer(PreTrainedModel):
@@ -129,7 +136,8 @@ class ITransformer(PreTrainedModel):
         loc = x.mean(-1, keepdim=True)
         scale = (x.var(-1, keepdim=True, correction=0) + EPS).sqrt()
         hidden = self.encoder(self.dropout(self.embed((x - loc) / scale)))
-        return forecast_output((self.head(hidden) * scale + loc).mT, future_values)
+        out = self.head(hidden) * scale + loc
+        return forecast_output(out.mT, future_values, self.config.loss)
 
 
 @strict

@@ -41,7 +41,7 @@ def train_command(argv: list[str]) -> int:
     add = parser.add_argument
     add("file", type=str, help="CSV, ZIP::NAME.csv, or hub:NAME")
     add("--horizons", type=int, nargs="+", default=[96], help="rows to forecast, a model for each")
-    add("--model.variant", type=Literal[NAMES], default="lmm",  # type: ignore
+    add("--model.variant", type=Literal[NAMES], default="lmm",  # type: ignore - a tuple
         help="architecture, or a baseline; short: --variant")  # fmt: skip
     add("--output", type=str | None, help="folder; runs/NAME-VARIANT")
     add("--carried", type=bool, default=False,

@@ -180,7 +180,7 @@ def evaluate_command(argv: list[str]) -> int:
     add = parser.add_argument
     add("--model", type=str, required=True, help="folder of `titans dna train`")
     add_fields(parser, "data", DnaData)
-    add("--split", type=Literal[SPLITS], default="test", help="of labelled sequences")  # type: ignore
+    add("--split", type=Literal[SPLITS], default="test", help="of labelled sequences")  # type: ignore - a tuple
     add("--batch_size", type=int, default=128, help="sequences at a time")
     add("--orders", type=int, nargs="*", default=list(ORDERS),
         help="of tables of counts beside a genome's model, 1 to 12; none: no table")  # fmt: skip

@@ -33,6 +33,15 @@ def test_shapes_loss_and_files(name, tmp_path):
     torch.testing.assert_close(again, out.prediction_outputs)
 
 
+@pytest.mark.parametrize("name", ["dlinear", "itransformer"])
+def test_loss_is_chosen(name):
+    past, future = torch.randn(2, 32, 3), 3 * torch.randn(2, 12, 3)
+    out = build(name, loss="huber")(past_values=past, future_values=future)
+    error = (out.prediction_outputs - future).abs()
+    huber = torch.where(error < 1, error.square() / 2, error - 0.5).mean()
+    torch.testing.assert_close(out.loss, huber)
+
+
 def test_dlinear_by_hand():
     """The trend is the mean of 25 rows around, the ends repeated; both parts are mapped alone."""
     model, past = build("dlinear").double(), torch.randn(1, 32, 3).double()
