@@ -80,6 +80,7 @@ examples:
   titans forecast train power.csv --data.history_length 672 --carried true   the memory reads more
   titans forecast train power.csv --variant dlinear        baselines: itransformer, patchtst, ...
   titans forecast train weather.zip --data.uneven_dates true
+  titans forecast train power.csv --resume runs/power-lmm  go on where it was stopped
 
 --help-all shows every option of the model and of Hugging Face's TrainingArguments.""",
     "forecast predict": """\
@@ -148,7 +149,7 @@ SHOWN = {  # by --help; --help-all shows the rest
         "warmup_steps gate_penalty bf16 eval_steps eval_bytes save_steps seed",
     },
     "forecast train": {
-        "": "file config print_config horizons output carried",
+        "": "file config print_config horizons output resume carried",
         "data.": "date_column columns split context_length history_length uneven_dates",
         "model.": "variant hidden_size num_hidden_layers num_attention_heads intermediate_size "
         "chunk_size patch_length patch_stride scaling loss quantiles channel_mixing linear_skip "
@@ -315,8 +316,9 @@ def hide_rare(parser: "ArgumentParser", command: str) -> None:
                 action.help = argparse.SUPPRESS
 
 
-def resumed(argv: list[str]) -> list[str]:
-    """With --resume FOLDER: the options the run was started with come first, its folder last."""
+def resumed(argv: list[str], output: str = "--train.output_dir") -> list[str]:
+    """With --resume FOLDER: the options the run was started with come first, its folder last, as
+    the option `output`."""
     values = [v for flag, v in pairwise(argv) if flag == "--resume"]
     values += [v.removeprefix("--resume=") for v in argv if v.startswith("--resume=")]
     if not values:
@@ -326,7 +328,7 @@ def resumed(argv: list[str]) -> list[str]:
         raise ValueError(
             f"{values[-1]!r} holds no run: there is no {path}; start one without --resume"
         )
-    return ["--config", str(path), *argv, "--train.output_dir", values[-1]]
+    return ["--config", str(path), *argv, output, values[-1]]
 
 
 def long_name(option: str) -> str:

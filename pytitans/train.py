@@ -205,9 +205,11 @@ def run_trainer(trainer: Trainer, checkpoint: str | None = None) -> dict[str, An
     """
     args, stop = trainer.args, StopOnSignal()
     model: Any = trainer.model
+    cached = getattr(model.config, "use_cache", False)
     trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(KeepCacheOn())
     trainer.add_callback(stop)
+    if cached:
+        trainer.add_callback(KeepCacheOn())
     began = time.perf_counter()
     with stop.listening():
         trainer.train(resume_from_checkpoint=checkpoint)
@@ -215,7 +217,8 @@ def run_trainer(trainer: Trainer, checkpoint: str | None = None) -> dict[str, An
         raise KeyboardInterrupt(
             f"saved; go on by --resume {args.output_dir}, or by the same command if it is a recipe"
         )
-    model.config.use_cache = True
+    if cached:
+        model.config.use_cache = True
     return {
         "command": shlex.join(sys.argv),
         "parameters": model.num_parameters(),
@@ -314,10 +317,15 @@ def agreed(value: float, args: TrainingArguments) -> float:
     return shared.item()
 
 
-def find_checkpoint(args: TrainArguments, resume: bool) -> str | None:
+def last_checkpoint(folder: str | Path) -> str | None:
+    """The last checkpoint in the folder, if there is any."""
+    return get_last_checkpoint(str(folder)) if os.path.isdir(folder) else None
+
+
+def find_checkpoint(args: TrainingArguments, resume: bool) -> str | None:
     """The last checkpoint in output_dir if resuming; otherwise output_dir must not hold a run."""
     folder = args.output_dir or ""
-    last = get_last_checkpoint(folder) if os.path.isdir(folder) else None
+    last = last_checkpoint(folder)
     if resume and last is None:
         raise ValueError(
             f"{folder!r} holds no checkpoint to resume from: start it without --resume"

@@ -98,6 +98,7 @@ class Forecasting(Experiment):
 
         from pytitans.forecasting.runs import FACTS, VARIANTS, train_run
         from pytitans.forecasting.train import ForecastArguments
+        from pytitans.train import last_checkpoint
 
         transformers.logging.disable_progress_bar()
         what = Name.of(name)
@@ -109,8 +110,9 @@ class Forecasting(Experiment):
         )
         (folder / FACTS).unlink(missing_ok=True)  # of a run that was stopped as it ended
         run = train_run(
-            what.variant, fields, self.data(what), what.horizon, args, carried=what.history > 0
-        )
+            what.variant, fields, self.data(what), what.horizon, args, carried=what.history > 0,
+            checkpoint=last_checkpoint(folder),
+        )  # fmt: skip
         cells = [c for c in run.facts["cells"] if c["split"] == "validation"]
         return cells[0]["mse"]  # plain, as it was trained
 

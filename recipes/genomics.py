@@ -59,11 +59,10 @@ class Genomics(Experiment):
 
     def train(self, name: str, folder: Path, rate: float, seed: int) -> float:
         """1 - MCC on the dev set."""
-        from transformers.trainer_utils import get_last_checkpoint
-
         from pytitans.cli import main as titans
+        from pytitans.train import last_checkpoint
 
-        if folder.is_dir() and get_last_checkpoint(str(folder)):
+        if last_checkpoint(folder):
             argv = ["--resume", str(folder)]
         else:
             argv = self.options(name, folder, rate, seed)

@@ -16,11 +16,10 @@ from pathlib import Path
 
 import yaml
 from experiment import SHAPE, WHOLE, Experiment, all_models, build, run
-from transformers.trainer_utils import get_last_checkpoint
 
 from pytitans.data.text import TextData
 from pytitans.data.tokenizer import byte_tokenizer
-from pytitans.train import TrainArguments, train
+from pytitans.train import TrainArguments, last_checkpoint, train
 
 HELD_OUT = yaml.safe_load((Path(__file__).parent / "books.yaml").read_text())["data"]
 LENGTH = 1024  # bytes of a training window; what a model that keeps the whole text reads back
@@ -50,8 +49,8 @@ class Language(Experiment):
             report_to="none",
         )  # fmt: skip
         data = TextData(files=self.args.data, sequence_length=LENGTH, **HELD_OUT)
-        checkpoint = get_last_checkpoint(str(folder)) if folder.is_dir() else None
         model = self.build(name, seed)
+        checkpoint = last_checkpoint(folder)
         return train(model, byte_tokenizer(), data, args, checkpoint=checkpoint)["bits_per_byte"]
 
     def evaluations(self, name: str) -> dict[str, list[str]]:

@@ -14,13 +14,12 @@ from pathlib import Path
 
 from experiment import SHAPE, build
 from language import HELD_OUT, split_books
-from transformers.trainer_utils import get_last_checkpoint
 
 from pytitans.data.text import TextData
 from pytitans.data.tokenizer import byte_tokenizer
 from pytitans.evals import load_task
 from pytitans.evals.training import Stage, task_arguments, train_on_tasks
-from pytitans.train import TrainArguments, train
+from pytitans.train import TrainArguments, last_checkpoint, train
 
 KEPT = (
     "config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
@@ -53,9 +52,8 @@ def books(files: list[str], folder: Path, seed: int) -> None:
         per_device_train_batch_size=4, eval_steps=0.1, save_steps=0.1, report_to="none",
     )  # fmt: skip
     data = TextData(files=files, sequence_length=1024, **HELD_OUT)
-    checkpoint = get_last_checkpoint(str(folder)) if folder.is_dir() else None
     model = build("mal", SHAPE | {"window": 128, "segment_len": 128}, seed)
-    train(model, byte_tokenizer(), data, args, checkpoint=checkpoint)
+    train(model, byte_tokenizer(), data, args, checkpoint=last_checkpoint(folder))
 
 
 def main() -> None:

@@ -20,12 +20,11 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
-from transformers.trainer_utils import get_last_checkpoint
 
 from pytitans.data.windows import IGNORED
 from pytitans.evals.task import Task
 from pytitans.report import Progress, new_axes
-from pytitans.train import CURVE, TextTrainer, TrainArguments, run_trainer, save
+from pytitans.train import CURVE, TextTrainer, TrainArguments, last_checkpoint, run_trainer, save
 
 ALONE = 512  # tokens of a text without background, of length 0: about a story of BABILong
 TRAINING_SEEDS = 10**6  # added to a run's seed: no text is trained on that an evaluation asks
@@ -158,8 +157,7 @@ def train_on_tasks(
     )
     trainer.rest = rest
     folder = Path(args.output_dir or "")
-    checkpoint = get_last_checkpoint(str(folder)) if folder.is_dir() else None
-    facts = run_trainer(trainer, checkpoint)
+    facts = run_trainer(trainer, last_checkpoint(folder))
     history = [log for log in trainer.state.log_history if "answer_loss" in log]
     facts |= {
         "rest": rest,

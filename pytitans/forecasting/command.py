@@ -5,7 +5,7 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pytitans.options import add_fields, new_parser, parse, subcommand
+from pytitans.options import RUN_FILE, add_fields, new_parser, parse, resumed, subcommand
 
 if TYPE_CHECKING:
     from pytitans.data.series import Series
@@ -33,7 +33,7 @@ def train_command(argv: list[str]) -> int:
     from transformers import PreTrainedConfig
 
     from pytitans.data.series import SeriesData
-    from pytitans.forecasting.runs import NAMES, VARIANTS, train_run
+    from pytitans.forecasting.runs import FACTS, NAMES, VARIANTS, load_run, train_run
     from pytitans.forecasting.train import ForecastArguments
     from pytitans.models import TitansForecastingConfig
 
@@ -44,6 +44,7 @@ def train_command(argv: list[str]) -> int:
     add("--model.variant", type=Literal[NAMES], default="lmm",  # type: ignore - a tuple
         help="architecture, or a baseline; short: --variant")  # fmt: skip
     add("--output", type=str | None, help="folder; runs/NAME-VARIANT")
+    add("--resume", type=str, metavar="FOLDER", help="go on with FOLDER's run")
     add("--carried", type=bool, default=False,
         help="backtest also with a memory of all that came before the look-back")  # fmt: skip
     add_fields(parser, "data", SeriesData, skip={"file"})
@@ -55,22 +56,37 @@ def train_command(argv: list[str]) -> int:
     add_fields(parser, "model", TitansForecastingConfig, skip=shared | fixed)
     parser.set_defaults({"model.quantiles": [0.1, 0.5, 0.9]})
     add_fields(parser, "train", ForecastArguments, skip={"parallelism_config", "output_dir"})
-    options = parse(parser, "forecast train", argv)
+    options = parse(parser, "forecast train", resumed(argv, "--output"))
 
-    from pytitans.cli import quiet
+    from pytitans.cli import quiet, write
+    from pytitans.train import last_checkpoint
 
     quiet()
     data = SeriesData(file=options.file, **options.data.as_dict())
     fields = options.model.as_dict()
     name = fields.pop("variant")
     folder = Path(options.output or f"runs/{Path(options.file.split(':')[-1]).stem}-{name}")
+    begun = [*folder.rglob(FACTS), *folder.rglob("checkpoint-*")]
+    if options.resume is None and begun:
+        raise ValueError(
+            f"{str(folder)!r} holds a run already: choose another --output, continue it by "
+            f"--resume {folder}, or delete it"
+        )
+    write(parser.dump(options), folder / RUN_FILE)
     runs = []
     for horizon in options.horizons:
         place = folder / f"h{horizon}" if len(options.horizons) > 1 else folder
+        if (place / FACTS).exists():
+            runs.append(load_run(place))
+            continue
         args = ForecastArguments(output_dir=str(place), **options.train.as_dict())
-        run = train_run(
-            name, fields if name in VARIANTS else {}, data, horizon, args, carried=options.carried
-        )
+        try:
+            run = train_run(
+                name, fields if name in VARIANTS else {}, data, horizon, args,
+                carried=options.carried, checkpoint=last_checkpoint(place),
+            )  # fmt: skip
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(f"saved; go on by --resume {folder}") from None
         draw_last_test_window(run, place)
         runs.append(run)
     print_table(runs)

@@ -132,14 +132,12 @@ def train_run(
     args: ForecastArguments,
     *,
     carried: bool = False,
+    checkpoint: str | None = None,
 ) -> Run:
-    """Trains the model of that name and saves it, with its scores on validation and test windows,
-    in args.output_dir. Choices (epochs, learning rates) are made on validation alone."""
+    """Trains the model of that name, from a checkpoint of the same run if there is one, and saves
+    it, with its scores on validation and test windows, in args.output_dir. Choices (epochs,
+    learning rates) are made on validation alone."""
     folder = Path(args.output_dir or "")
-    if (folder / FACTS).exists():
-        raise ValueError(
-            f"{str(folder)!r} holds a run already: choose another --output, or delete it"
-        )
     split = load_splits(data, horizon)
     set_seed(args.seed)
     model = build_model(name, fields, split, data, horizon)
@@ -148,7 +146,7 @@ def train_run(
     if any(p.requires_grad for p in model.parameters()):
         train = split.windows("train", reads, horizon)
         held_out = split.windows("validation", reads, horizon, args.validation_stride)
-        trained = fit(model, train, held_out, args)
+        trained = fit(model, train, held_out, args, checkpoint)
     else:
         model.save_pretrained(folder)
     run = Run(model, {

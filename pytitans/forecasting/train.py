@@ -6,7 +6,6 @@ evaluations. The test rows have no part in it.
 """
 
 import shutil
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,6 @@ from torch.utils.data import Dataset
 from transformers import (
     EarlyStoppingCallback,
     PreTrainedModel,
-    PrinterCallback,
     ProgressCallback,
     Trainer,
     TrainingArguments,
@@ -24,7 +22,7 @@ from transformers import (
 
 from pytitans.forecasting.backtest import stacked
 from pytitans.report import Progress
-from pytitans.train import StopOnSignal
+from pytitans.train import run_trainer
 
 
 @dataclass
@@ -56,8 +54,7 @@ class ForecastArguments(TrainingArguments):
     max_grad_norm: float = 1.0
     eval_strategy: str = "epoch"
     save_strategy: str = "best"
-    save_total_limit: int | None = 1
-    save_only_model: bool = True
+    save_total_limit: int | None = 2  # of 1, the Trainer would drop all but the best when stopped
     load_best_model_at_end: bool = True
     metric_for_best_model: str | None = "eval_loss"
     greater_is_better: bool | None = False
@@ -80,38 +77,34 @@ class ForecastArguments(TrainingArguments):
 
 
 def fit(
-    model: PreTrainedModel, train: Dataset, validation: Dataset, args: ForecastArguments
+    model: PreTrainedModel,
+    train: Dataset,
+    validation: Dataset,
+    args: ForecastArguments,
+    checkpoint: str | None = None,
 ) -> dict[str, Any]:
-    """Trains the model, saves it in args.output_dir with its best weights; what came of it.
+    """Trains the model, saves it in args.output_dir with its best weights; what came of it. From a
+    checkpoint of the same run it goes on.
 
-    Raises KeyboardInterrupt, with nothing saved, when stopped by SIGINT or SIGTERM.
+    Raises KeyboardInterrupt, with a checkpoint saved, when stopped by SIGINT or SIGTERM.
     """
-    stop, bar = StopOnSignal(), ForecastProgress()
     trainer = Trainer(
         model=model,
         args=args,
         train_dataset=train,
         eval_dataset=validation,
         data_collator=stacked,
-        callbacks=[bar, EarlyStoppingCallback(args.patience), stop],
+        callbacks=[ForecastProgress(), EarlyStoppingCallback(args.patience)],
     )
-    trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
-    began = time.perf_counter()
-    with stop.listening():
-        trainer.train()
-    if stop.asked:
-        raise KeyboardInterrupt("start it again; windows are soon trained")
+    facts = run_trainer(trainer, checkpoint)
     trainer.save_model()
-    for checkpoint in Path(args.output_dir or "").glob("checkpoint-*"):
-        shutil.rmtree(checkpoint)
+    for spent in Path(args.output_dir or "").glob("checkpoint-*"):
+        shutil.rmtree(spent)
     losses = [log["eval_loss"] for log in trainer.state.log_history if "eval_loss" in log]
-    return {
-        "steps": trainer.state.global_step,
+    return {key: facts[key] for key in ("steps", "seconds", "parameters")} | {
         "epochs": round(trainer.state.epoch or 0, 2),
         "validation_loss": min(losses),
-        "seconds": round(time.perf_counter() - began, 1),
-        "parameters": sum(p.numel() for p in model.parameters()),
         "history": trainer.state.log_history,
     }
 

@@ -49,7 +49,7 @@ CLASSIFIER_RUN: dict[str, Any] = {
     "train.warmup_steps": 0.05,
     "train.eval_steps": 0.1,
     "train.save_steps": 0.1,
-    "train.save_total_limit": 1,
+    "train.save_total_limit": 2,  # of 1, the Trainer would drop all but the best when stopped
     "train.load_best_model_at_end": True,
 }
 GENOME_RUN: dict[str, Any] = CLASSIFIER_RUN | {

@@ -14,6 +14,7 @@ from pytitans.data.series import Windows
 from pytitans.forecasting.backtest import score_carried, table
 from pytitans.forecasting.runs import load_run
 from pytitans.models import TitansForecastingConfig, TitansForForecasting
+from pytitans.train import StopOnSignal
 
 ROWS = 400
 SMALL = {
@@ -87,6 +88,36 @@ def test_the_best_weights_are_kept(home):
     run = load_run(home / "dlinear" / "h4")
     found = [c["mse"] for c in run.facts["cells"] if c["split"] == "validation"]
     assert found == [pytest.approx(run.facts["training"]["validation_loss"], rel=1e-4)]
+
+
+def test_a_stopped_run_goes_on(home, monkeypatch, capsys):
+    """Stopped within the second horizon: the first is kept, the second ends with the weights that
+    it has without a stop."""
+
+    def stop_at(self, args, state, control, **kwargs):
+        if state.global_step == 6 and "h6" in args.output_dir:
+            self.asked = control.should_save = control.should_training_stop = True
+
+    options = ["--data.history_length=16", "--variant=lmm", "--carried=true", *flags(SMALL)]
+    train = ["forecast", "train", str(home / "power.csv"), *options, "--output", "runs/it"]
+    with monkeypatch.context() as patched:
+        patched.setattr(StopOnSignal, "on_step_end", stop_at)
+        assert main([*train, "--horizons", "4", "6"]) == 130
+    assert "go on by --resume runs/it" in capsys.readouterr().err
+    first = (Path("runs/it") / "h4" / "run.json").read_text()
+    seen = []
+    monkeypatch.setattr(
+        StopOnSignal,
+        "on_step_end",
+        lambda self, args, state, *rest, **_: seen.append(state.global_step),
+    )
+    assert main(["forecast", "train", "--resume", "runs/it"]) == 0
+    assert seen == [7, 8]
+    assert (Path("runs/it") / "h4" / "run.json").read_text() == first
+    whole, parts = load_run(home / "lmm" / "h6"), load_run(Path("runs/it") / "h6")
+    for name, weight in whole.model.state_dict().items():
+        torch.testing.assert_close(parts.model.state_dict()[name], weight, rtol=0, atol=0)
+    assert "holds a run already" in error_of(capsys, *train[1:])
 
 
 def test_backtest_prints_the_table_of_all(home, capsys):
