@@ -146,7 +146,7 @@ SHOWN = {  # by --help; --help-all shows the rest
         "model.": "variant hidden_size num_hidden_layers num_attention_heads intermediate_size "
         "memory_depth chunk_size segment_len window num_persistent",
         "train.": "output_dir max_steps max_minutes per_device_train_batch_size learning_rate "
-        "warmup_steps gate_penalty bf16 eval_steps eval_bytes save_steps seed",
+        "warmup_steps gate_penalty carry bf16 eval_steps eval_bytes save_steps seed",
     },
     "forecast train": {
         "": "file config print_config horizons output resume carried",

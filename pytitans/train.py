@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -40,10 +40,18 @@ from transformers import (
 )
 from transformers.trainer_utils import get_last_checkpoint
 
+from pytitans.cache import TitansCache
 from pytitans.data.text import TextData, head, load_text
 from pytitans.data.tokenizer import check_vocabulary
-from pytitans.data.windows import DrawnWindows, ScoredWindows, TokenText, tokenize
+from pytitans.data.windows import (
+    DrawnWindows,
+    FollowingWindows,
+    ScoredWindows,
+    TokenText,
+    tokenize,
+)
 from pytitans.evaluate import window_nll
+from pytitans.models import TitansPreTrainedModel
 from pytitans.penalty import GatePenalty
 from pytitans.report import Progress, plot_losses
 
@@ -89,6 +97,9 @@ class TrainArguments(TrainingArguments):
         learning_rate: its peak, after the warm-up
         gate_penalty: price on what a memory's gates write and forget (pytitans/penalty.py), for
             texts a thousand times longer than those trained on
+        carry: share of the training, its last part, in which sequences follow on one another and
+            the memory is carried on from step to step, without its gradient, so that the model
+            learns to live with one that has read for long
         warmup_steps: steps, or a share of all below 1
         bf16: bf16 autocast; the default is whether the hardware here has bf16 matmuls
         eval_steps: steps between evaluations, or a share of all below 1
@@ -102,6 +113,7 @@ class TrainArguments(TrainingArguments):
     max_minutes: float | None = None
     eval_bytes: int = 50_000
     gate_penalty: float = 0.0
+    carry: float = 0.0
     per_device_train_batch_size: int = 8
     per_device_eval_batch_size: int = 8
     learning_rate: float = 2e-3
@@ -125,6 +137,8 @@ class TrainArguments(TrainingArguments):
             raise ValueError(f"max_steps={self.max_steps}: train for 1 step or more")
         if self.max_minutes is not None and self.max_minutes <= 0:
             raise ValueError(f"max_minutes={self.max_minutes}: give a time above 0")
+        if not 0 <= self.carry <= 1:
+            raise ValueError(f"carry={self.carry} is no share of the training: 0 to 1")
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()  # asked for by bf16
         super().__post_init__()
 
@@ -171,11 +185,19 @@ def train_on_tokens(
     sequences = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
     bits = text.tokens / text.bytes / math.log(2)
     progress = Progress(bits, sequences * length)
+    windows = drawn(text, length, args.max_steps * sequences, args.seed)
+    if args.carry:
+        args.remove_unused_columns = False  # of a window: whether it is fresh
+        windows = FollowingWindows(
+            text, length, args.max_steps * sequences, args.seed,
+            rows=args.train_batch_size * args.world_size,
+            drawn=round((1 - args.carry) * args.max_steps) * sequences,
+        )  # fmt: skip
     trainer = TextTrainer(
         model=model,
         args=args,
         gate_penalty=args.gate_penalty,
-        train_dataset=drawn(text, length, args.max_steps * sequences, args.seed),
+        train_dataset=windows,
         eval_dataset=ScoredWindows(held_out, length),
         processing_class=tokenizer,
         data_collator=default_data_collator,
@@ -238,20 +260,47 @@ def run_trainer(trainer: Trainer, checkpoint: str | None = None) -> dict[str, An
 
 
 class TextTrainer(Trainer):
-    """The Trainer with windows in their order, weight decay on matrices alone, a price on gates."""
+    """The Trainer with windows in their order, weight decay on matrices alone, a price on gates,
+    and a memory that is carried on to windows that are not fresh."""
 
     def __init__(self, *args: Any, gate_penalty: float = 0.0, **options: Any):
         super().__init__(*args, **options)
         assert self.model is not None
         self.price = gate_penalty
         self.penalty = GatePenalty(self.model) if gate_penalty else None
+        self.carried: TitansCache | None = None
+        self.resumed: str | None = None  # the checkpoint whose memory is still to be taken
+        self.add_callback(KeepCarried(self))
+
+    def train(self, resume_from_checkpoint: Any = None, *args: Any, **options: Any):
+        self.resumed = resume_from_checkpoint
+        return super().train(resume_from_checkpoint, *args, **options)
 
     def compute_loss(
         self, model, inputs, return_outputs: bool = False, num_items_in_batch=None
     ) -> Any:
+        carries = self.read_on(inputs)
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        if carries:
+            left: Any = outputs
+            self.carried = left.past_key_values.detach()
         loss = self.priced(model, loss, self.price)
         return (loss, outputs) if return_outputs else loss
+
+    def read_on(self, inputs: dict[str, Any]) -> bool:
+        """Whether the memory is carried; if so, the model is given what the step before has left,
+        or nothing if the windows are fresh."""
+        fresh, model = inputs.pop("fresh", None), cast(Any, self.model)
+        if fresh is None or not isinstance(model, TitansPreTrainedModel):
+            return False
+        if self.resumed:
+            path = KeepCarried.path(self.resumed, self.args)
+            if path.exists():
+                self.carried = TitansCache.load(path, model, fingerprint=KeepCarried.__name__)
+            self.resumed = None
+        cache = None if fresh.any() else self.carried
+        inputs |= {"past_key_values": cache, "use_cache": True}
+        return True
 
     def priced(self, model, loss: Tensor, price: float | Tensor) -> Tensor:
         """The loss and the price of what the gates did for it."""
@@ -276,6 +325,23 @@ class KeepCacheOn(TrainerCallback):
             path.write_text(
                 json.dumps(json.loads(path.read_text()) | {"use_cache": True}, indent=2)
             )
+
+
+class KeepCarried(TrainerCallback):
+    """Saves the memory that a trainer carries, of each process its own, with every checkpoint."""
+
+    def __init__(self, trainer: TextTrainer):
+        self.trainer = trainer
+
+    @staticmethod
+    def path(folder: str, args: TrainingArguments) -> Path:
+        return Path(folder, f"carried-{args.process_index}.safetensors")
+
+    def on_save(self, args, state, control, **kwargs):
+        if self.trainer.carried is not None:
+            folder = f"{args.output_dir}/checkpoint-{state.global_step}"
+            model, by = cast(Any, self.trainer.model), type(self).__name__  # whatever its weights
+            self.trainer.carried.save(self.path(folder, args), model, fingerprint=by)
 
 
 class StopOnSignal(TrainerCallback):

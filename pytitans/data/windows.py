@@ -18,6 +18,7 @@ from pytitans.data.text import Document
 from pytitans.data.tokenizer import encode
 
 IGNORED = -100  # a label that is not scored
+LONGEST = 64  # windows of a stretch that is read on
 
 
 class TokenText(NamedTuple):
@@ -58,7 +59,7 @@ class DrawnWindows(Dataset):
                 "give more text by --data, or a smaller --data.sequence_length"
             )
         self.places = np.cumsum([len(stream) - length + 1 for stream in self.streams])
-        self.length, self.count, self.seed = length, count, seed
+        self.text, self.length, self.count, self.seed = text, length, count, seed
 
     def __len__(self) -> int:
         return self.count
@@ -66,12 +67,56 @@ class DrawnWindows(Dataset):
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         if not 0 <= index < self.count:
             raise IndexError(f"window {index} of {self.count}")
+        stream, start = self.place(index)
+        ids = to_tensor(self.streams[stream][start : start + self.length])
+        return {"input_ids": ids, "labels": ids}
+
+    def place(self, index: int) -> tuple[int, int]:
+        """The stream and the token that the window begins with."""
         draw = np.random.Generator(np.random.Philox(key=[self.seed, index]))
         place = int(draw.integers(self.places[-1]))
         stream = int(np.searchsorted(self.places, place, side="right"))
-        start = place - (int(self.places[stream - 1]) if stream else 0)
-        ids = to_tensor(self.streams[stream][start : start + self.length])
-        return {"input_ids": ids, "labels": ids}
+        return stream, place - (int(self.places[stream - 1]) if stream else 0)
+
+
+class FollowingWindows(DrawnWindows):
+    """Windows that follow on one another: each of a batch's `rows` reads a text on for a stretch of
+    1 to `LONGEST` steps, short and long ones alike often, then all begin elsewhere.
+
+    "fresh" says whether a window begins a stretch. The first `drawn` windows stand alone, as in
+    DrawnWindows. A stretch that reaches its stream's end goes on with the next stream.
+    """
+
+    def __init__(
+        self, text: TokenText, length: int, count: int, seed: int, *, rows: int, drawn: int
+    ):
+        super().__init__(text, length, count, seed)
+        self.rows, self.drawn = rows, drawn
+        draw = np.random.default_rng(seed)
+        steps = max(1, (count - drawn) // rows)
+        stretches = np.exp(draw.uniform(0, np.log(LONGEST + 1), steps)).astype(int)
+        self.begins = np.cumsum([0, *stretches])
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        if index < self.drawn:
+            return super().__getitem__(index) | {"fresh": torch.tensor(True)}
+        if index >= self.count:
+            raise IndexError(f"window {index} of {self.count}")
+        step, row = divmod(index - self.drawn, self.rows)
+        begin = int(self.begins[np.searchsorted(self.begins, step, side="right") - 1])
+        stream, start = self.place(self.drawn + begin * self.rows + row)
+        ids = to_tensor(self.read(stream, start + (step - begin) * self.length))
+        return {"input_ids": ids, "labels": ids, "fresh": torch.tensor(step == begin)}
+
+    def read(self, stream: int, start: int) -> np.ndarray:
+        """A window's tokens from there on, in the streams that follow if the stream ends before."""
+        parts, missing = [], self.length
+        while missing:
+            ids = self.streams[stream % len(self.streams)]
+            parts.append(ids[start : start + missing])
+            missing -= len(parts[-1])
+            stream, start = stream + 1, max(0, start - len(ids))
+        return np.concatenate(parts)
 
 
 class ScoredWindows(Dataset):
