@@ -267,7 +267,9 @@ class TTTMLP(Mixer):
     projections and a convolution of their own (published: q and k share a projection, then a
     convolution without SiLU each); q and k have norm 1 and are not rotated within the chunk; no
     factor falls with a token's place in its chunk, which the paper's equations lack too; GELU of
-    the memory is erf's. The LayerNorm over what the heads retrieve is one of the whole width.
+    the memory is erf's. The LayerNorm over what the heads retrieve is one of the whole width. M_0
+    keeps a key's norm: drawn of deviation 0.02, as published, for keys sqrt(head_dim) times longer,
+    it answers them so little that LayerNorm's gradients blow up, and nothing is learned (docs/log.md).
     """
 
     BASE_LR = 0.1
@@ -288,7 +290,7 @@ class TTTMLP(Mixer):
 
     def reset_parameters(self) -> None:
         for W in self.M_0:
-            nn.init.normal_(W, std=0.02)
+            nn.init.normal_(W, std=self.head_dim**-0.5)
         nn.init.ones_(self.norm_weight)
         for bias in (self.norm_bias, self.lr_bias):
             nn.init.zeros_(bias)
