@@ -268,8 +268,8 @@ class TTTMLP(Mixer):
     convolution without SiLU each); q and k have norm 1 and are not rotated within the chunk; no
     factor falls with a token's place in its chunk, which the paper's equations lack too; GELU of
     the memory is erf's. The LayerNorm over what the heads retrieve is one of the whole width. M_0
-    keeps a key's norm: drawn of deviation 0.02, as published, for keys sqrt(head_dim) times longer,
-    it answers them so little that LayerNorm's gradients blow up, and nothing is learned (docs/log.md).
+    keeps a key's norm: drawn of deviation 0.02, as published for longer keys, it answers so little
+    that LayerNorm's gradients blow up, and nothing is learned (docs/log.md).
     """
 
     BASE_LR = 0.1

@@ -74,6 +74,7 @@ DEFAULT_RUN: dict[str, Any] = {
     "train.per_device_train_batch_size": 2,
     "train.learning_rate": 2e-3,
     "train.warmup_steps": 50,
+    "train.carry": 0.5,
 }
 
 
@@ -227,7 +228,7 @@ def run_trainer(trainer: Trainer, checkpoint: str | None = None) -> dict[str, An
     """
     args, stop = trainer.args, StopOnSignal()
     model: Any = trainer.model
-    cached = getattr(model.config, "use_cache", False)
+    cached = getattr(type(model.config), "use_cache", False)  # by default; the Trainer undoes it
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(stop)
     if cached:
