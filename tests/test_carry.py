@@ -98,7 +98,8 @@ def test_a_carried_step_has_the_loss_of_the_whole_stretch(variant, data, tmp_pat
     """With a learning rate of 0: as if the stretch were one sequence."""
     seen, one = Seen(monkeypatch), model(variant)
     train(one, byte_tokenizer(), data, arguments(tmp_path / "run", learning_rate=0.0, carry=1.0))
-    assert max(read for _, read, _ in seen.steps) >= 2 * LENGTH
+    reads = [read for _, read, _ in seen.steps]
+    assert max(reads) >= 2 * LENGTH and reads.count(0) >= 2  # stretches, and their ends
     stretch: list[torch.Tensor] = []
     for ids, read, loss in seen.steps:
         stretch = [*stretch, ids] if read else [ids]
