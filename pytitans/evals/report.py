@@ -149,7 +149,7 @@ def accuracy_table(runs: Runs) -> str:
 
 
 def position_table(runs: Runs) -> str:
-    """Rows: models; columns: positions; bits per byte."""
+    """Rows: models; columns: positions, and all of them together; bits per byte."""
     bins = {row: [by_position(result["cells"]) for result in found] for row, found in runs.items()}
     firsts = sorted({part["first"] for parts in bins.values() for run in parts for part in run})
     rows = []
@@ -158,9 +158,14 @@ def position_table(runs: Runs) -> str:
         for first in firsts:
             values = [p["bits_per_byte"] for run in parts for p in run if p["first"] == first]
             cells.append(shown(values, lambda x: f"{x:.4f}"))
-        rows.append([row, *cells])
+        whole = [
+            sum(p["nats"] for p in run) / math.log(2) / max(1, sum(p["bytes"] for p in run))
+            for run in parts
+        ]
+        rows.append([row, *cells, shown(whole, lambda x: f"{x:.4f}")])
     header = [f"from {size(first)}" if first else "from 0" for first in firsts]
-    return "Bits per byte by position in the document.\n\n" + table_of(["model", *header], rows)
+    text = "Bits per byte by position in the document.\n\n"
+    return text + table_of(["model", *header, "all"], rows)
 
 
 def harness_table(runs: Runs) -> str:

@@ -1,6 +1,7 @@
 """`titans eval --task` goes on where it was stopped; `titans report` says what the files hold."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from pytitans.cli import main
 from pytitans.data.tokenizer import byte_tokenizer
 from pytitans.evals import load_task
 from pytitans.evals import run as running
-from pytitans.evals.report import row_of, size, spread, write_report
+from pytitans.evals.report import position_table, row_of, size, spread, write_report
 from pytitans.evals.results import Results, describe_model, read_results
 from pytitans.evals.run import run_task
 
@@ -104,6 +105,22 @@ def test_command_line_of_each_kind(folder, capsys):
     pictures = {"passkey-accuracy.png", "passkey-model-depth.png", "positions.png"}
     assert {path.name for path in (folder / "report").glob("*.png")} == pictures
     assert all((folder / "report" / name).stat().st_size > 5000 for name in pictures)
+
+
+def test_positions_by_hand():
+    """Each position's bits over its bytes, of all documents; the last column weighs by bytes."""
+
+    def part(first, nats, size):
+        last, nats = first + size - 1, nats * math.log(2)
+        return {"first": first, "last": last, "tokens": size, "bytes": size, "nats": nats}
+
+    cells = [{"bins": [part(0, 300, 100), part(1024, 20, 20)]}, {"bins": [part(0, 100, 100)]}]
+    text = position_table({"m": [{"cells": cells}]})
+    assert text.splitlines()[-3:] == [
+        "| model | from 0 | from 1K | all |",
+        "| --- | ---: | ---: | ---: |",
+        "| m | 2.0000 | 1.0000 | 1.9091 |",
+    ]
 
 
 def test_results_of_another_question_are_not_written_over(folder, capsys):
