@@ -44,8 +44,8 @@ from pytitans.cache import TitansCache
 from pytitans.data.text import TextData, head, load_text
 from pytitans.data.tokenizer import check_vocabulary
 from pytitans.data.windows import (
+    CarriedWindows,
     DrawnWindows,
-    FollowingWindows,
     ScoredWindows,
     TokenText,
     tokenize,
@@ -98,9 +98,9 @@ class TrainArguments(TrainingArguments):
         learning_rate: its peak, after the warm-up
         gate_penalty: price on what a memory's gates write and forget (pytitans/penalty.py), for
             texts a thousand times longer than those trained on
-        carry: share of the training, its last part, in which sequences follow on one another and
-            the memory is carried on from step to step, without its gradient, so that the model
-            learns to live with one that has read for long
+        carry: share of the training, its last part, in which a memory is not new at every step but
+            the one that the step before has left, so that the model learns to live with a memory
+            that has read for long; no gradient goes back through it
         warmup_steps: steps, or a share of all below 1
         bf16: bf16 autocast; the default is whether the hardware here has bf16 matmuls
         eval_steps: steps between evaluations, or a share of all below 1
@@ -177,7 +177,7 @@ def train_on_tokens(
     *,
     length: int,
     data: Any,
-    drawn: Callable[[TokenText, int, int, int], Dataset] = DrawnWindows,
+    drawn: Callable[[TokenText, int, int, int], DrawnWindows] = DrawnWindows,
     checkpoint: str | None = None,
 ) -> dict[str, Any]:
     """`train` on ids. data: the dataclass that says where they are from, for `run.json`. drawn: the
@@ -189,11 +189,9 @@ def train_on_tokens(
     windows = drawn(text, length, args.max_steps * sequences, args.seed)
     if args.carry:
         args.remove_unused_columns = False  # of a window: whether it is fresh
-        windows = FollowingWindows(
-            text, length, args.max_steps * sequences, args.seed,
-            rows=args.train_batch_size * args.world_size,
-            drawn=round((1 - args.carry) * args.max_steps) * sequences,
-        )  # fmt: skip
+        begin = round((1 - args.carry) * args.max_steps) * sequences
+        rows = args.train_batch_size * args.world_size
+        windows = CarriedWindows(windows, rows=rows, begin=begin)
     trainer = TextTrainer(
         model=model,
         args=args,

@@ -4,7 +4,7 @@
     python recipes/language.py --data "books/*.txt.xz" --models mal transformer --seeds 0
 
 Every model reads the same windows of 1,024 bytes of the training books in the same order; in the
-second half of the training they follow on one another, and what a model carries goes on. Learning
+second half of the training it begins them with the memory that the last ones left. Learning
 rates are compared on the validation books; the tables are of the test books, from the first byte on
 with what the model carries: bits per byte by position. Files are named as Standard Ebooks names
 them; the books held out are those of `recipes/books.yaml`. How runs are kept:

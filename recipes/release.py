@@ -48,7 +48,7 @@ def needle(files: list[str], folder: Path, seed: int) -> None:
 
 def books(files: list[str], folder: Path, seed: int) -> None:
     args = TrainArguments(
-        output_dir=str(folder), max_steps=6000, learning_rate=3e-3, seed=seed,
+        output_dir=str(folder), max_steps=4000, learning_rate=2e-3, seed=seed,
         per_device_train_batch_size=4, eval_steps=0.1, save_steps=0.1, carry=0.5,
         report_to="none",
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Training that reads on: windows that follow on one another, and the memory between the steps."""
+"""Training with a memory that goes on from step to step."""
 
 import numpy as np
 import pytest
@@ -9,7 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from pytitans.data.text import TextData
 from pytitans.data.tokenizer import byte_tokenizer
-from pytitans.data.windows import LONGEST, DrawnWindows, FollowingWindows, TokenText
+from pytitans.data.windows import LONGEST, CarriedWindows, DrawnWindows, TokenText
 from pytitans.models import TitansForCausalLM
 from pytitans.train import TextTrainer, TrainArguments, last_checkpoint, train
 
@@ -17,37 +17,19 @@ LENGTH, ROWS = 8, 2
 SIZE = {"vocab_size": 258, "bos_token_id": 256, "eos_token_id": 256, "pad_token_id": 257}
 
 
-def windows(count: int, drawn: int = 0, seed: int = 0) -> FollowingWindows:
-    """Of two streams, whose tokens are their places."""
-    streams = [np.arange(300), np.arange(300, 1000)]
-    text = TokenText(streams, eos=-1, bytes=1000, tokens=1000)
-    return FollowingWindows(text, LENGTH, count, seed, rows=ROWS, drawn=drawn)
-
-
-def test_rows_read_on_until_they_are_fresh():
-    found = windows(4000)
-    assert found[0]["fresh"] and found[1]["fresh"]
-    lengths, since = [], 0
-    for i in range(ROWS, 4000):
-        ids, before = found[i]["input_ids"], found[i - ROWS]["input_ids"]
-        if not found[i]["fresh"]:
-            assert ids.tolist() == [(before[-1].item() + 1 + j) % 1000 for j in range(LENGTH)]
-        if i % ROWS == 0:
-            assert found[i]["fresh"] == found[i + 1]["fresh"]  # the batch has one memory
-            since += 1
-            if found[i]["fresh"]:
-                lengths, since = [*lengths, since], 0
+def test_windows_are_those_drawn_and_stretches_are_short_and_long():
+    text = TokenText([np.arange(300), np.arange(300, 1000)], eos=-1, bytes=1000, tokens=1000)
+    drawn = DrawnWindows(text, LENGTH, 4000, seed=0)
+    found = CarriedWindows(drawn, rows=ROWS, begin=20)
+    assert len(found) == 4000
+    fresh = [bool(found[i]["fresh"]) for i in range(4000)]
+    assert all(torch.equal(found[i]["input_ids"], drawn[i]["input_ids"]) for i in range(0, 4000, 9))
+    assert all(fresh[:22]) and fresh[::ROWS] == fresh[1::ROWS]  # the batch has one memory
+    lengths = np.diff(np.flatnonzero(fresh[20::ROWS]))
     assert min(lengths) == 1 and 32 < max(lengths) <= LONGEST
     assert 5 < np.median(lengths) < 13  # short and long stretches alike often: sqrt(64) = 8
-
-
-def test_windows_before_stand_alone():
-    found, alone = windows(40, drawn=20), DrawnWindows(windows(40).text, LENGTH, 40, 0)
-    for i in range(20):
-        assert found[i]["fresh"] and torch.equal(found[i]["input_ids"], alone[i]["input_ids"])
-    assert found[20]["fresh"]
     with pytest.raises(IndexError):
-        found[40]
+        found[4000]
 
 
 @pytest.fixture

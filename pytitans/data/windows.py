@@ -18,7 +18,7 @@ from pytitans.data.text import Document
 from pytitans.data.tokenizer import encode
 
 IGNORED = -100  # a label that is not scored
-LONGEST = 64  # windows of a stretch that is read on
+LONGEST = 64  # steps through which a memory is carried
 
 
 class TokenText(NamedTuple):
@@ -59,7 +59,7 @@ class DrawnWindows(Dataset):
                 "give more text by --data, or a smaller --data.sequence_length"
             )
         self.places = np.cumsum([len(stream) - length + 1 for stream in self.streams])
-        self.text, self.length, self.count, self.seed = text, length, count, seed
+        self.length, self.count, self.seed = length, count, seed
 
     def __len__(self) -> int:
         return self.count
@@ -67,56 +67,36 @@ class DrawnWindows(Dataset):
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         if not 0 <= index < self.count:
             raise IndexError(f"window {index} of {self.count}")
-        stream, start = self.place(index)
-        ids = to_tensor(self.streams[stream][start : start + self.length])
-        return {"input_ids": ids, "labels": ids}
-
-    def place(self, index: int) -> tuple[int, int]:
-        """The stream and the token that the window begins with."""
         draw = np.random.Generator(np.random.Philox(key=[self.seed, index]))
         place = int(draw.integers(self.places[-1]))
         stream = int(np.searchsorted(self.places, place, side="right"))
-        return stream, place - (int(self.places[stream - 1]) if stream else 0)
+        start = place - (int(self.places[stream - 1]) if stream else 0)
+        ids = to_tensor(self.streams[stream][start : start + self.length])
+        return {"input_ids": ids, "labels": ids}
 
 
-class FollowingWindows(DrawnWindows):
-    """Windows that follow on one another: each of a batch's `rows` reads a text on for a stretch of
-    1 to `LONGEST` steps, short and long ones alike often, then all begin elsewhere.
+class CarriedWindows(Dataset):
+    """The same windows, and of each whether the memory before it is to be forgotten ("fresh").
 
-    "fresh" says whether a window begins a stretch. The first `drawn` windows stand alone, as in
-    DrawnWindows. A stretch that reaches its stream's end goes on with the next stream.
+    Up to the `begin`-th all are fresh. From there on the memory is carried for stretches of 1 to
+    `LONGEST` steps of `rows` windows, short and long ones alike often. A stretch's windows are of
+    different places: read on in one place, they taught less (docs/log.md).
     """
 
-    def __init__(
-        self, text: TokenText, length: int, count: int, seed: int, *, rows: int, drawn: int
-    ):
-        super().__init__(text, length, count, seed)
-        self.rows, self.drawn = rows, drawn
-        draw = np.random.default_rng(seed)
-        steps = max(1, (count - drawn) // rows)
+    def __init__(self, windows: DrawnWindows, *, rows: int, begin: int):
+        self.windows, self.rows, self.begin = windows, rows, begin
+        steps = max(1, (len(windows) - begin) // rows)
+        draw = np.random.default_rng(windows.seed)
         stretches = np.exp(draw.uniform(0, np.log(LONGEST + 1), steps)).astype(int)
-        self.begins = np.cumsum([0, *stretches])
+        self.first_steps = np.cumsum([0, *stretches])
+
+    def __len__(self) -> int:
+        return len(self.windows)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        if index < self.drawn:
-            return super().__getitem__(index) | {"fresh": torch.tensor(True)}
-        if index >= self.count:
-            raise IndexError(f"window {index} of {self.count}")
-        step, row = divmod(index - self.drawn, self.rows)
-        begin = int(self.begins[np.searchsorted(self.begins, step, side="right") - 1])
-        stream, start = self.place(self.drawn + begin * self.rows + row)
-        ids = to_tensor(self.read(stream, start + (step - begin) * self.length))
-        return {"input_ids": ids, "labels": ids, "fresh": torch.tensor(step == begin)}
-
-    def read(self, stream: int, start: int) -> np.ndarray:
-        """A window's tokens from there on, in the streams that follow if the stream ends before."""
-        parts, missing = [], self.length
-        while missing:
-            ids = self.streams[stream % len(self.streams)]
-            parts.append(ids[start : start + missing])
-            missing -= len(parts[-1])
-            stream, start = stream + 1, max(0, start - len(ids))
-        return np.concatenate(parts)
+        step = (index - self.begin) // self.rows
+        fresh = step < 0 or step in self.first_steps
+        return self.windows[index] | {"fresh": torch.tensor(fresh)}
 
 
 class ScoredWindows(Dataset):

@@ -131,7 +131,7 @@ def commit() -> str | None:
 
 
 def command_line(command: str, argv: list[str]) -> str:
-    return shlex.join(["titans", command, *argv])
+    return shlex.join(["titans", *command.split(), *argv])
 
 
 def short(value: Any) -> str:

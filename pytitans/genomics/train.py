@@ -139,12 +139,6 @@ def train_bases(
     """Trains a causal model on the first 80 % of the bases of data.files (FASTA); it is evaluated
     on the first args.eval_bytes bases of the next 10 %. In `run.json` bits per byte are bits per
     base. The genome is a temporary file, so its length does not matter."""
-    if data.augments and args.carry:
-        raise ValueError(
-            f"carry={args.carry} reads a genome on along one strand, and reverse_complement="
-            f"{data.reverse_complement} draws either: give --train.carry 0, or "
-            "--data.reverse_complement none"
-        )
     streams = [ids for path in data.files for ids in stored_bases(path)]
     train, dev, _ = split_genome(streams)
     drawn = DrawnStrands if data.augments else DrawnWindows

@@ -151,10 +151,6 @@ def test_baselines_by_name(folder, tmp_path, name):
         (["dna", "fly"], "'fly' is no command of dna"),
         (["dna", "train"], "no sequences to train on"),
         (["dna", "train", "--data", "a.fa", "b.csv"], "one or the other"),
-        (
-            ["dna", "train", "--data", "genome.fa", "--data.reverse_complement=both"],
-            "--train.carry 0",
-        ),
         (["dna", "train", "--data", "nowhere.csv"], "'nowhere.csv' does not exist"),
         (["dna", "train", "--data", "nowhere.fa"], "nowhere.fa cannot be read"),
         (["dna", "evaluate", "--model", "nowhere"], "nothing to evaluate on"),
