@@ -74,7 +74,7 @@ DEFAULT_RUN: dict[str, Any] = {
     "train.per_device_train_batch_size": 2,
     "train.learning_rate": 2e-3,
     "train.warmup_steps": 50,
-    "train.carry": 0.5,
+    "train.carry": True,
 }
 
 
@@ -98,9 +98,8 @@ class TrainArguments(TrainingArguments):
         learning_rate: its peak, after the warm-up
         gate_penalty: price on what a memory's gates write and forget (pytitans/penalty.py), for
             texts a thousand times longer than those trained on
-        carry: share of the training, its last part, in which a memory is not new at every step but
-            the one that the step before has left, so that the model learns to live with a memory
-            that has read for long; no gradient goes back through it
+        carry: begin most steps with the memory that the step before has left, so that the model
+            learns to live with one that has read for long; no gradient goes back through it
         warmup_steps: steps, or a share of all below 1
         bf16: bf16 autocast; the default is whether the hardware here has bf16 matmuls
         eval_steps: steps between evaluations, or a share of all below 1
@@ -114,7 +113,7 @@ class TrainArguments(TrainingArguments):
     max_minutes: float | None = None
     eval_bytes: int = 50_000
     gate_penalty: float = 0.0
-    carry: float = 0.0
+    carry: bool = False
     per_device_train_batch_size: int = 8
     per_device_eval_batch_size: int = 8
     learning_rate: float = 2e-3
@@ -138,8 +137,6 @@ class TrainArguments(TrainingArguments):
             raise ValueError(f"max_steps={self.max_steps}: train for 1 step or more")
         if self.max_minutes is not None and self.max_minutes <= 0:
             raise ValueError(f"max_minutes={self.max_minutes}: give a time above 0")
-        if not 0 <= self.carry <= 1:
-            raise ValueError(f"carry={self.carry} is no share of the training: 0 to 1")
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()  # asked for by bf16
         super().__post_init__()
 
@@ -189,9 +186,7 @@ def train_on_tokens(
     windows = drawn(text, length, args.max_steps * sequences, args.seed)
     if args.carry:
         args.remove_unused_columns = False  # of a window: whether it is fresh
-        begin = round((1 - args.carry) * args.max_steps) * sequences
-        rows = args.train_batch_size * args.world_size
-        windows = CarriedWindows(windows, rows=rows, begin=begin)
+        windows = CarriedWindows(windows, args.train_batch_size * args.world_size)
     trainer = TextTrainer(
         model=model,
         args=args,

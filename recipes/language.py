@@ -3,8 +3,8 @@
     python recipes/language.py --data "books/*.txt.xz"
     python recipes/language.py --data "books/*.txt.xz" --models mal transformer --seeds 0
 
-Every model reads the same windows of 1,024 bytes of the training books in the same order; in the
-second half of the training it begins them with the memory that the last ones left. Learning
+Every model reads the same windows of 1,024 bytes of the training books in the same order, and
+begins most of them with what it carries from the windows before. Learning
 rates are compared on the validation books; the tables are of the test books, from the first byte on
 with what the model carries: bits per byte by position. Files are named as Standard Ebooks names
 them; the books held out are those of `recipes/books.yaml`. How runs are kept:
@@ -47,7 +47,7 @@ class Language(Experiment):
         args = TrainArguments(
             output_dir=str(folder), max_steps=self.steps(self.args.steps), learning_rate=rate,
             seed=seed, per_device_train_batch_size=4, eval_steps=0.5, eval_bytes=200_000,
-            carry=0.5, report_to="none",
+            carry=True, report_to="none",
         )  # fmt: skip
         data = TextData(files=self.args.data, sequence_length=LENGTH, **HELD_OUT)
         model = self.build(name, seed)

@@ -49,7 +49,7 @@ def needle(files: list[str], folder: Path, seed: int) -> None:
 def books(files: list[str], folder: Path, seed: int) -> None:
     args = TrainArguments(
         output_dir=str(folder), max_steps=4000, learning_rate=2e-3, seed=seed,
-        per_device_train_batch_size=4, eval_steps=0.1, save_steps=0.1, carry=0.5,
+        per_device_train_batch_size=4, eval_steps=0.1, save_steps=0.1, carry=True,
         report_to="none",
     )  # fmt: skip
     data = TextData(files=files, sequence_length=1024, **HELD_OUT)

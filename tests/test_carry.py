@@ -20,12 +20,12 @@ SIZE = {"vocab_size": 258, "bos_token_id": 256, "eos_token_id": 256, "pad_token_
 def test_windows_are_those_drawn_and_stretches_are_short_and_long():
     text = TokenText([np.arange(300), np.arange(300, 1000)], eos=-1, bytes=1000, tokens=1000)
     drawn = DrawnWindows(text, LENGTH, 4000, seed=0)
-    found = CarriedWindows(drawn, rows=ROWS, begin=20)
+    found = CarriedWindows(drawn, ROWS)
     assert len(found) == 4000
     fresh = [bool(found[i]["fresh"]) for i in range(4000)]
     assert all(torch.equal(found[i]["input_ids"], drawn[i]["input_ids"]) for i in range(0, 4000, 9))
-    assert all(fresh[:22]) and fresh[::ROWS] == fresh[1::ROWS]  # the batch has one memory
-    lengths = np.diff(np.flatnonzero(fresh[20::ROWS]))
+    assert fresh[0] and fresh[::ROWS] == fresh[1::ROWS]  # the batch has one memory
+    lengths = np.diff(np.flatnonzero(fresh[::ROWS]))
     assert min(lengths) == 1 and 32 < max(lengths) <= LONGEST
     assert 5 < np.median(lengths) < 13  # short and long stretches alike often: sqrt(64) = 8
     with pytest.raises(IndexError):
@@ -42,7 +42,7 @@ def data(tmp_path):
 
 def arguments(folder, **changes) -> TrainArguments:
     options = {
-        "max_steps": 8, "save_steps": 4, "eval_steps": 4, "warmup_steps": 1, "carry": 0.75,
+        "max_steps": 8, "save_steps": 4, "eval_steps": 4, "warmup_steps": 1, "carry": True,
         "per_device_train_batch_size": ROWS, "learning_rate": 1e-2, "report_to": "none",
         "bf16": False, "logging_steps": 1, "seed": 3,
     }  # fmt: skip
@@ -79,7 +79,7 @@ class Seen:
 def test_a_carried_step_has_the_loss_of_the_whole_stretch(variant, data, tmp_path, monkeypatch):
     """With a learning rate of 0: as if the stretch were one sequence."""
     seen, one = Seen(monkeypatch), model(variant)
-    train(one, byte_tokenizer(), data, arguments(tmp_path / "run", learning_rate=0.0, carry=1.0))
+    train(one, byte_tokenizer(), data, arguments(tmp_path / "run", learning_rate=0.0))
     reads = [read for _, read, _ in seen.steps]
     assert max(reads) >= 2 * LENGTH and reads.count(0) >= 2  # stretches, and their ends
     stretch: list[torch.Tensor] = []
@@ -131,8 +131,3 @@ def test_a_model_without_a_memory_reads_the_same_windows(data, tmp_path, monkeyp
     assert [read for _, read, _ in theirs] == [0] * 8
     for (a, *_), (b, *_) in zip(theirs, seen.steps, strict=True):
         assert torch.equal(a, b)
-
-
-def test_a_share_is_asked_for(tmp_path):
-    with pytest.raises(ValueError, match="carry=2 is no share of the training: 0 to 1"):
-        arguments(tmp_path, carry=2)

@@ -78,14 +78,14 @@ class DrawnWindows(Dataset):
 class CarriedWindows(Dataset):
     """The same windows, and of each whether the memory before it is to be forgotten ("fresh").
 
-    Up to the `begin`-th all are fresh. From there on the memory is carried for stretches of 1 to
-    `LONGEST` steps of `rows` windows, short and long ones alike often. A stretch's windows are of
-    different places: read on in one place, they taught less (docs/log.md).
+    The memory is carried for stretches of 1 to `LONGEST` steps of `rows` windows, short and long
+    ones alike often. A stretch's windows are of different places: read on in one place, they taught
+    less (docs/log.md).
     """
 
-    def __init__(self, windows: DrawnWindows, *, rows: int, begin: int):
-        self.windows, self.rows, self.begin = windows, rows, begin
-        steps = max(1, (len(windows) - begin) // rows)
+    def __init__(self, windows: DrawnWindows, rows: int):
+        self.windows, self.rows = windows, rows
+        steps = max(1, len(windows) // rows)
         draw = np.random.default_rng(windows.seed)
         stretches = np.exp(draw.uniform(0, np.log(LONGEST + 1), steps)).astype(int)
         self.first_steps = np.cumsum([0, *stretches])
@@ -94,8 +94,7 @@ class CarriedWindows(Dataset):
         return len(self.windows)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        step = (index - self.begin) // self.rows
-        fresh = step < 0 or step in self.first_steps
+        fresh = index // self.rows in self.first_steps
         return self.windows[index] | {"fresh": torch.tensor(fresh)}
 
 

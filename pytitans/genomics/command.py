@@ -56,7 +56,7 @@ GENOME_RUN: dict[str, Any] = CLASSIFIER_RUN | {
     "train.per_device_train_batch_size": 8,
     "train.per_device_eval_batch_size": 8,
     "train.load_best_model_at_end": False,
-    "train.carry": 0.5,
+    "train.carry": True,
     "train.eval_steps": 0.25,
     "train.save_steps": 0.25,
 }
