@@ -7,9 +7,10 @@ import pytest
 
 from pytitans.evals.report import write_report
 from pytitans.forecasting.backtest import table
+from pytitans.genomics.genome import genome_table
 
 ROOT = Path(__file__).parent.parent
-ASKED = ("needle", "released")  # by titans eval
+ASKED = ("language", "needle", "released")  # by titans eval
 FORECAST = sorted((ROOT / "results" / "forecasting").glob("*.json"))
 
 
@@ -34,7 +35,11 @@ def test_a_series_table_is_that_of_its_scores(path):
     assert_printed(table([cell for cell in cells if cell["split"] == "test"]))
 
 
+def test_the_genome_table_is_that_of_its_scores():
+    assert_printed(genome_table(json.loads((ROOT / "results/genomics/ecoli.json").read_text())))
+
+
 def test_every_folder_of_results_is_checked():
     folders = {path.name for path in (ROOT / "results").glob("*") if path.is_dir()}
-    assert folders == {*ASKED, "forecasting"}
+    assert folders == {*ASKED, "forecasting", "genomics"}
     assert FORECAST
