@@ -33,15 +33,15 @@ MODELS = (
 UNEVEN = ("weather",)  # a date that repeats and a gap, which the community's loaders do not see
 LARGE = 20_000  # rows from which on a series counts as large
 
-SHAPE: dict[str, Any] = {
+HUBER = {"loss": "huber"}  # better on validation rows than MSE, for Titans and DLinear alike
+SHAPE: dict[str, Any] = HUBER | {
     "num_attention_heads": 2, "num_hidden_layers": 1, "patch_length": 16, "patch_stride": 16,
-    "chunk_size": 16, "loss": "huber",
+    "chunk_size": 16,
 }  # fmt: skip
 TITANS: dict[str, dict[str, Any]] = {  # found on the validation rows of ETTh1 and ETTm1
     "small": SHAPE | {"hidden_size": 32, "intermediate_size": 64, "dropout": 0.3},
     "large": SHAPE | {"hidden_size": 64, "intermediate_size": 64, "dropout": 0.2},
 }
-HUBER = {"loss": "huber"}  # better on validation rows than MSE, for Titans and DLinear alike
 FIELDS: dict[str, dict[str, Any]] = {  # what a baseline's authors take, but for the loss
     "dlinear": {"small": HUBER, "large": HUBER},
     "itransformer": {"small": HUBER | {"d_model": 256, "ffn_dim": 256}, "large": HUBER},
@@ -96,7 +96,7 @@ class Forecasting(Experiment):
     def train(self, name: str, folder: Path, rate: float, seed: int) -> float:
         import transformers
 
-        from pytitans.forecasting.runs import FACTS, VARIANTS, train_run
+        from pytitans.forecasting.runs import VARIANTS, train_run
         from pytitans.forecasting.train import ForecastArguments
         from pytitans.train import last_checkpoint
 
@@ -108,7 +108,6 @@ class Forecasting(Experiment):
         args = ForecastArguments(
             output_dir=str(folder), learning_rate=rate, seed=seed, **self.budget(titans, size)
         )
-        (folder / FACTS).unlink(missing_ok=True)  # of a run that was stopped as it ended
         run = train_run(
             what.variant, fields, self.data(what), what.horizon, args, carried=what.history > 0,
             checkpoint=last_checkpoint(folder),

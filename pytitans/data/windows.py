@@ -88,7 +88,7 @@ class CarriedWindows(Dataset):
         steps = max(1, len(windows) // rows)
         draw = np.random.default_rng(windows.seed)
         stretches = np.exp(draw.uniform(0, np.log(LONGEST + 1), steps)).astype(int)
-        self.first_steps = np.cumsum([0, *stretches])
+        self.first_steps = {0, *np.cumsum(stretches).tolist()}
 
     def __len__(self) -> int:
         return len(self.windows)
