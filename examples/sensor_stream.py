@@ -58,9 +58,8 @@ class Listener(nn.Module):
 def recordings(count: int, patches: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Samples [count, 16 patches, channels] and the kinds of their events [count]. The event is in
     one of the first patches, the marker, all channels up, in the last."""
-    random = lambda *size: torch.rand(*size, generator=generator)  # noqa: E731
     t = torch.arange(patches * PATCH) / RATE
-    phase = 2 * math.pi * random(count, 1, CHANNELS)
+    phase = 2 * math.pi * torch.rand(count, 1, CHANNELS, generator=generator)
     waves = torch.sin(2 * math.pi * 10 * t[None, :, None] + phase)
     samples = waves + NOISE * torch.randn(waves.shape, generator=generator)
     kinds = torch.randint(KINDS, (count,), generator=generator)

@@ -215,8 +215,9 @@ def hub_sources(name: str, text_column: str) -> list[Source]:
             )
         split: Split | None = next((s for s in SPLITS if str(key).startswith(s[:5])), None)
         label = f"{path}/{key}"
-        join = lambda rows=rows: "\n".join(rows[text_column])  # noqa: E731
-        sources.append(Source(label, f"{name}/{key}", join, split))
+        sources.append(
+            Source(label, f"{name}/{key}", lambda rows=rows: "\n".join(rows[text_column]), split)
+        )
     return sources if {s.split for s in sources} >= {"train", "validation"} else unsplit(sources)
 
 

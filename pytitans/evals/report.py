@@ -22,6 +22,7 @@ from pytitans.report import new_axes
 
 SEED = re.compile(r"[-_.]?seed[-_]?\d+|[-_]s\d+$")
 COLOURS = ("#2b6cb0", "#c05621", "#2f855a", "#6b46c1", "#b83280", "#4a5568", "#b7791f", "#0987a0")
+LOOKS = [(line, colour) for line in ("-", "--") for colour in COLOURS]
 Runs = dict[str, list[dict[str, Any]]]  # row -> its runs' results
 
 
@@ -209,13 +210,13 @@ def plot_accuracy(task: str, runs: Runs, path: Path) -> Path:
     figure, axes = new_axes(7, 4.2, xlabel="tokens", ylabel="accuracy, %", title=task)
     lengths = lengths_of(runs)
     places = {n: i for i, n in enumerate(lengths)}
-    for colour, (row, results) in zip(cycle(COLOURS), runs.items(), strict=False):
+    for (line, colour), (row, results) in zip(cycle(LOOKS), runs.items(), strict=False):
         found = [(places[n], spread([accuracy_at(r, n) for r in results])) for n in lengths]
         points = [(x, 100 * y[0], 100 * y[1]) for x, y in found if y is not None]
         if not points:
             continue
         x, y, wide = zip(*points, strict=True)
-        axes.plot(x, y, "o-", color=colour, label=row, markersize=4, clip_on=False, zorder=3)
+        axes.plot(x, y, f"o{line}", color=colour, label=row, markersize=4, clip_on=False, zorder=3)
         low = [a - b for a, b in zip(y, wide, strict=True)]
         high = [a + b for a, b in zip(y, wide, strict=True)]
         if any(wide):
@@ -223,9 +224,19 @@ def plot_accuracy(task: str, runs: Runs, path: Path) -> Path:
     axes.set_xticks(range(len(lengths)), [size(n) for n in lengths])
     axes.set_ylim(0, 102)
     axes.grid(axis="y", alpha=0.3)
-    axes.legend(frameon=False)
+    name_lines(figure, axes)
     figure.savefig(path, dpi=120)
     return path
+
+
+def name_lines(figure: Any, axes: Any) -> None:
+    """A legend beside the picture, in the order in which the lines end."""
+    lines, names = axes.get_legend_handles_labels()
+    order = sorted(range(len(lines)), key=lambda i: -lines[i].get_ydata()[-1])
+    figure.legend(
+        [lines[i] for i in order], [names[i] for i in order],
+        loc="outside right upper", frameon=False, fontsize="small",
+    )  # fmt: skip
 
 
 def plot_depths(task: str, row: str, results: Sequence[dict[str, Any]], path: Path) -> Path:
@@ -256,14 +267,15 @@ def plot_depths(task: str, row: str, results: Sequence[dict[str, Any]], path: Pa
 def plot_positions(runs: Runs, path: Path) -> Path:
     """Bits per byte over position, each bin at its end."""
     figure, axes = new_axes(7, 4.2, xlabel="tokens read", ylabel="bits per byte", title="positions")
-    for colour, (row, results) in zip(cycle(COLOURS), runs.items(), strict=False):
+    for (line, colour), (row, results) in zip(cycle(LOOKS), runs.items(), strict=False):
         for number, result in enumerate(results):
             bins = by_position(result["cells"])
             x = [part["last"] + 1 for part in bins]
             y = [part["bits_per_byte"] for part in bins]
             axes.plot(
-                x, y, "o-", color=colour, markersize=3, alpha=0.8, label=None if number else row
-            )
+                x, y, f"o{line}", color=colour, markersize=3, alpha=0.8,
+                label=None if number else row,
+            )  # fmt: skip
     axes.set_xscale("log", base=2)
     ticks = sorted(
         {p["last"] + 1 for f in runs.values() for r in f for p in by_position(r["cells"])}
@@ -271,6 +283,6 @@ def plot_positions(runs: Runs, path: Path) -> Path:
     axes.set_xticks(ticks, [size(tick) for tick in ticks])
     axes.minorticks_off()
     axes.grid(alpha=0.3)
-    axes.legend(frameon=False)
+    name_lines(figure, axes)
     figure.savefig(path, dpi=120)
     return path
