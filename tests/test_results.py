@@ -10,7 +10,7 @@ from pytitans.forecasting.backtest import table
 from pytitans.genomics.genome import genome_table
 
 ROOT = Path(__file__).parent.parent
-ASKED = ("language", "needle", "released")  # by titans eval
+ASKED = ("ablation", "language", "needle", "released")  # by titans eval
 FORECAST = sorted((ROOT / "results" / "forecasting").glob("*.json"))
 
 

@@ -35,14 +35,28 @@ def forecast_output(prediction: Tensor, future: Tensor | None, kind: str = "mse"
 
 
 @strict
-class DLinearConfig(PreTrainedConfig):
-    """DLinear's shape; kernel_size: rows of the moving average that is the trend."""
-
-    model_type = "dlinear"
+class SeriesConfig(PreTrainedConfig):
+    """What all have, with the names of Hugging Face's PatchTST."""
 
     context_length: int = 96
     prediction_length: int = 96
     num_input_channels: int = 1
+
+
+def start_linear(layer: nn.Linear) -> None:
+    """As torch's linear layers start, which is as the authors' do."""
+    reach = layer.in_features**-0.5
+    init.uniform_(layer.weight, -reach, reach)
+    if layer.bias is not None:
+        init.uniform_(layer.bias, -reach, reach)
+
+
+@strict
+class DLinearConfig(SeriesConfig):
+    """DLinear's shape; kernel_size: rows of the moving average that is the trend."""
+
+    model_type = "dlinear"
+
     kernel_size: int = 25
     loss: Literal["mse", "mae", "huber"] = "mse"
 
@@ -62,11 +76,8 @@ class DLinear(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """As torch's linear layers start, which is as the authors' do."""
         if isinstance(module, nn.Linear):
-            reach = module.in_features**-0.5
-            init.uniform_(module.weight, -reach, reach)
-            init.uniform_(module.bias, -reach, reach)
+            start_linear(module)
 
     def forward(self, past_values: Tensor, future_values: Tensor | None = None, **kwargs):
         x, size = past_values.mT, self.config.kernel_size
@@ -78,14 +89,11 @@ class DLinear(PreTrainedModel):
 
 
 @strict
-class ITransformerConfig(PreTrainedConfig):
-    """iTransformer's shape, with the names of Hugging Face's PatchTST."""
+class ITransformerConfig(SeriesConfig):
+    """iTransformer's shape."""
 
     model_type = "itransformer"
 
-    context_length: int = 96
-    prediction_length: int = 96
-    num_input_channels: int = 1
     d_model: int = 128
     num_hidden_layers: int = 2
     num_attention_heads: int = 8
@@ -120,10 +128,7 @@ class ITransformer(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         """Torch's own start, layer by layer."""
         if isinstance(module, nn.Linear):
-            reach = module.in_features**-0.5
-            init.uniform_(module.weight, -reach, reach)
-            if module.bias is not None:
-                init.uniform_(module.bias, -reach, reach)
+            start_linear(module)
         elif isinstance(module, nn.MultiheadAttention):
             init.xavier_uniform_(module.in_proj_weight)
             init.zeros_(module.in_proj_bias)
@@ -141,14 +146,11 @@ class ITransformer(PreTrainedModel):
 
 
 @strict
-class SeasonalNaiveConfig(PreTrainedConfig):
+class SeasonalNaiveConfig(SeriesConfig):
     """season: rows after which the series is taken to repeat itself."""
 
     model_type = "seasonal_naive"
 
-    context_length: int = 96
-    prediction_length: int = 96
-    num_input_channels: int = 1
     season: int = 24
 
 
