@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from pytitans.memory import FORGET_FLOOR, STEP_FLOOR, NeuralMemory, closing_logit
 
-MARGIN = 0.5  # logits below where a gate closes: rounding and other texts do not open it again
+MARGIN = 1.5  # logits below where a gate closes: a text unlike those of training rarely opens it
 CLOSED = {"lr": closing_logit(0.0, STEP_FLOOR), "decay": closing_logit(0.0, FORGET_FLOOR)}
 
 

@@ -3,9 +3,9 @@
     python recipes/release.py needle --data "books/*.txt.xz"
     python recipes/release.py books --data "books/*.txt.xz"
 
-`needle` finds numbers in long texts (RULER's S-NIAH-1 and 2), `books` predicts the bytes of English
-novels. Each takes less than an hour on one core and goes on where it was stopped. The books held
-out are those of `recipes/books.yaml`. The models of the package are those of seed 0.
+`needle` finds numbers and UUIDs in long texts (RULER's S-NIAH-1 to 3), `books` predicts the bytes
+of English novels. Each takes less than an hour on one core and goes on where it was stopped. The
+books held out are those of `recipes/books.yaml`. The models of the package are those of seed 0.
 """
 
 import argparse
@@ -18,6 +18,7 @@ from language import HELD_OUT, split_books
 from pytitans.data.text import TextData
 from pytitans.data.tokenizer import byte_tokenizer
 from pytitans.evals import load_task
+from pytitans.evals.niah import Passkey
 from pytitans.evals.training import Stage, task_arguments, train_on_tasks
 from pytitans.train import TrainArguments, last_checkpoint, train
 
@@ -30,17 +31,15 @@ KEPT = (
 def needle(files: list[str], folder: Path, seed: int) -> None:
     books, _ = split_books(files)
     tokenizer = byte_tokenizer()
-    passkey, in_noise, in_books = (
-        load_task(name, tokenizer, files=books)
-        for name in ("passkey", "niah_single_1", "niah_single_2")
-    )
-    both = [in_noise, in_books]
+    noise, prose, uuid = (load_task(f"niah_single_{i}", tokenizer, files=books) for i in (1, 2, 3))
+    passkeys = [Passkey(tokenizer), Passkey(tokenizer, digits=12)]
+    all_three = [uuid, noise, uuid, prose]  # a UUID's 36 letters take longest to learn
     stages = [
-        Stage([passkey], 96, 128, steps=200, fill=4096),
-        Stage([passkey], 96, 256, steps=100, fill=4096),
-        Stage(both, 448, 640, steps=250),
-        Stage(both, 640, 2048, steps=200, gate_penalty=0.03),
-        Stage(both, 640, 4096, steps=300, gate_penalty=0.05),
+        Stage(passkeys[:1], 96, 128, steps=200, fill=4096),
+        Stage(passkeys, 112, 192, steps=100, fill=4096),
+        Stage(all_three, 512, 640, steps=800),
+        Stage(all_three, 640, 2048, steps=300, gate_penalty=0.03),
+        Stage(all_three, 640, 4096, steps=600, gate_penalty=0.05),
     ]
     args = task_arguments(folder, 2e-3, seed, save_steps=0.1)
     train_on_tasks(build("mal", SHAPE, seed), tokenizer, stages, args)
