@@ -31,16 +31,21 @@ KEPT = (
 def needle(files: list[str], folder: Path, seed: int) -> None:
     books, _ = split_books(files)
     tokenizer = byte_tokenizer()
-    noise, prose, uuid = (load_task(f"niah_single_{i}", tokenizer, files=books) for i in (1, 2, 3))
+    names = "single_1 single_2 single_3 multikey_1 multivalue multiquery"
+    noise, prose, uuid, key, value, query = (
+        load_task(f"niah_{name}", tokenizer, files=books) for name in names.split()
+    )
     passkeys = [Passkey(tokenizer), Passkey(tokenizer, digits=12)]
-    all_three = [uuid, noise, uuid, prose]  # a UUID's 36 letters take longest to learn
-    stages = [
+    stages = [  # a UUID's 36 letters take longest to learn
         Stage(passkeys[:1], 96, 128, steps=200, fill=4096),
         Stage(passkeys, 112, 192, steps=100, fill=4096),
-        Stage(all_three, 512, 640, steps=800),
-        Stage(all_three, 640, 2048, steps=300, gate_penalty=0.03),
-        Stage(all_three, 640, 4096, steps=600, gate_penalty=0.05),
-    ]
+        Stage([uuid, noise, uuid, prose], 512, 640, steps=800),
+        Stage([uuid, key, prose, query, uuid, value], 1024, 1024, steps=800),
+        Stage(
+            [uuid, noise, prose, key, uuid, value, prose, query],
+            1024, 4096, steps=700, gate_penalty=0.05,
+        ),
+    ]  # fmt: skip
     args = task_arguments(folder, 2e-3, seed, save_steps=0.1)
     train_on_tasks(build("mal", SHAPE, seed), tokenizer, stages, args)
 
