@@ -14,6 +14,7 @@ from pathlib import Path
 
 from experiment import SHAPE, build
 from language import HELD_OUT, split_books
+from transformers import AutoModelForCausalLM
 
 from pytitans.data.text import TextData
 from pytitans.data.tokenizer import byte_tokenizer
@@ -36,7 +37,7 @@ def needle(files: list[str], folder: Path, seed: int) -> None:
         load_task(f"niah_{name}", tokenizer, files=books) for name in names.split()
     )
     passkeys = [Passkey(tokenizer), Passkey(tokenizer, digits=12)]
-    stages = [  # a UUID's 36 letters take longest to learn
+    learn = [  # a UUID's 36 letters take longest to learn
         Stage(passkeys[:1], 96, 128, steps=200, fill=4096),
         Stage(passkeys, 112, 192, steps=100, fill=4096),
         Stage([uuid, noise, uuid, prose], 512, 640, steps=800),
@@ -46,8 +47,14 @@ def needle(files: list[str], folder: Path, seed: int) -> None:
             1024, 4096, steps=700, gate_penalty=0.05,
         ),
     ]  # fmt: skip
-    args = task_arguments(folder, 2e-3, seed, save_steps=0.1)
-    train_on_tasks(build("mal", SHAPE, seed), tokenizer, stages, args)
+    # Several needles need gates open to each; without them, gates can close on all else.
+    close = [Stage([uuid, noise, uuid, prose], 1024, 4096, steps=900, gate_penalty=0.2)]
+    learned = folder / "learned"
+    if not (learned / "run.json").exists():
+        args = task_arguments(learned, 2e-3, seed, save_steps=0.1)
+        train_on_tasks(build("mal", SHAPE, seed), tokenizer, learn, args)
+    model = AutoModelForCausalLM.from_pretrained(learned).train()
+    train_on_tasks(model, tokenizer, close, task_arguments(folder, 1e-3, seed + 1, save_steps=0.1))
 
 
 def books(files: list[str], folder: Path, seed: int) -> None:
