@@ -48,7 +48,7 @@ def needle(files: list[str], folder: Path, seed: int) -> None:
         ),
     ]  # fmt: skip
     # Several needles need gates open to each; without them, gates can close on all else.
-    close = [Stage([uuid, noise, uuid, prose], 1024, 4096, steps=900, gate_penalty=0.2)]
+    close = [Stage([uuid, noise, uuid, prose], 1024, 4096, steps=2000, gate_penalty=0.2)]
     learned = folder / "learned"
     if not (learned / "run.json").exists():
         args = task_arguments(learned, 2e-3, seed, save_steps=0.1)
