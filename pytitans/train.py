@@ -38,6 +38,7 @@ from transformers import (
     TrainingArguments,
     default_data_collator,
 )
+from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import get_last_checkpoint
 
 from pytitans.cache import TitansCache
@@ -219,14 +220,14 @@ def run_trainer(trainer: Trainer, checkpoint: str | None = None) -> dict[str, An
 
     Raises KeyboardInterrupt, with a checkpoint saved, when stopped by SIGINT or SIGTERM.
     """
-    args, stop = trainer.args, StopOnSignal()
+    args, stop, clock = trainer.args, StopOnSignal(), Clock()
     model: Any = trainer.model
     cached = getattr(type(model.config), "use_cache", False)  # by default; the Trainer undoes it
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(stop)
+    trainer.add_callback(clock)
     if cached:
         trainer.add_callback(KeepCacheOn())
-    began = time.perf_counter()
     with stop.listening():
         trainer.train(resume_from_checkpoint=checkpoint)
     if stop.asked:
@@ -239,7 +240,7 @@ def run_trainer(trainer: Trainer, checkpoint: str | None = None) -> dict[str, An
         "command": shlex.join(sys.argv),
         "parameters": model.num_parameters(),
         "steps": trainer.state.global_step,
-        "seconds": round(time.perf_counter() - began, 1),
+        "seconds": round(clock.seconds, 1),
         "learning_rate": args.learning_rate,
         "weight_decay": args.weight_decay,
         "seed": args.seed,
@@ -336,6 +337,24 @@ class KeepCarried(TrainerCallback):
             folder = f"{args.output_dir}/checkpoint-{state.global_step}"
             model, by = cast(Any, self.trainer.model), type(self).__name__  # whatever its weights
             self.trainer.carried.save(self.path(folder, args), model, fingerprint=by)
+
+
+class Clock(TrainerCallback, ExportableState):
+    """Seconds of training, those that led to the checkpoint it goes on from included."""
+
+    def __init__(self) -> None:
+        self.began = time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        return time.perf_counter() - self.began
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        kept = state.stateful_callbacks.get(type(self).__name__, {})
+        self.began = time.perf_counter() - kept.get("attributes", {}).get("seconds", 0.0)
+
+    def state(self) -> dict[str, Any]:
+        return {"args": {}, "attributes": {"seconds": self.seconds}}
 
 
 class StopOnSignal(TrainerCallback):

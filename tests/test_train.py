@@ -103,6 +103,19 @@ def test_a_resumed_run_ends_at_the_same_weights(tmp_path, data):
     assert torch.equal(weights(whole), weights(resumed))
 
 
+def test_seconds_of_a_resumed_run_count_those_before(tmp_path, data):
+    run(tmp_path / "whole", data)
+    kept = tmp_path / "stopped" / "checkpoint-3"
+    shutil.copytree(tmp_path / "whole" / "checkpoint-3", kept)
+    state = json.loads((kept / "trainer_state.json").read_text())
+    clock = state["stateful_callbacks"]["Clock"]["attributes"]
+    assert 0 < clock["seconds"] < 1000
+    clock["seconds"] = 1000.0
+    (kept / "trainer_state.json").write_text(json.dumps(state))
+    _, facts = run(tmp_path / "stopped", data, str(kept))
+    assert 1000 < facts["seconds"] < 2000
+
+
 def test_ctrl_c_saves_a_checkpoint_to_go_on_from(tmp_path, data):
     whole, _ = run(tmp_path / "whole", data)
     model, calls = llama(), []
