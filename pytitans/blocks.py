@@ -136,7 +136,8 @@ class MAC(Block):
     attention makes of them, with its residual, is written back (eqs. 21-25).
 
     Without the residual, keys are averages over a segment until attention has learned to point,
-    which it has no reason to before the memory is of use: recall was not learned (docs/log.md).
+    which it has no reason to before the memory is of use: recall was not learned. The residual is
+    the normalised input, of attention's size; the input itself is lost in it (docs/log.md).
     """
 
     def __init__(self, dim, memory, attention: SegmentAttention, num_persistent, segment_len: int):
@@ -168,7 +169,7 @@ class MAC(Block):
         sizes = self.pieces(begin, T, lengths)
         # cut at once: a slice for each piece would cost its backward the whole length each time;
         # only what the next piece waits for is done piece by piece
-        by_token = (asked, self.memory.to_open(u), x)
+        by_token = (asked, self.memory.to_open(u), u)
         by_token = zip(*(y.split(sizes, 1) for y in by_token), strict=True)
         by_head = zip(*(y.split(sizes, -2) for y in (q, k, v, cos, sin)), strict=True)
         attended, written, masks, left = [], [], {}, lengths
@@ -179,7 +180,7 @@ class MAC(Block):
             written.append(m)
             left = None if left is None else left - size
         y, m = torch.cat(attended, dim=1), torch.cat(written, dim=1)
-        m = self.memory.answer(m, self.memory.to_open(self.memory_norm(x + y)))
+        m = self.memory.answer(m, self.memory.to_open(self.memory_norm(u + y)))
         return x + self.gate(y, m), now._replace(tail=tail)
 
     def pieces(self, position: int | Tensor, T: int, lengths: Tensor | None) -> list[int]:
@@ -197,7 +198,7 @@ class MAC(Block):
 
     def read_piece(self, tokens, heads, persistent, state: MACState, real, masks: dict):
         """Part of one segment: recall, attend, write. Returns what attention and the memory say."""
-        (asked, opened, x), (q, k, v, cos, sin) = tokens, heads
+        (asked, opened, u), (q, k, v, cos, sin) = tokens, heads
         place, t = state.position, q.shape[2]
         frozen = pick_rows(place == 0, state.memory.memory.M, state.frozen)
         h = self.memory.read(asked, opened, MemoryState(frozen, (), ()))
@@ -215,6 +216,6 @@ class MAC(Block):
             if mask is None:
                 mask = masks[place, t] = self.attention.mask(place, q, persistent, now)
         y = self.attention(q, persistent, answers, now, mask)
-        m, memory = self.memory.write(self.memory_norm(x + y), state.memory, real)
+        m, memory = self.memory.write(self.memory_norm(u + y), state.memory, real)
         position = advance(place, t, real, self.segment_len)
         return y, m, MACState(memory, frozen, state.tail, answers, now, position)
