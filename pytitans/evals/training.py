@@ -8,7 +8,7 @@ around a key of five digits stays at chance for hundreds of steps (docs/log.md).
 stages, each with longer texts, and half of the texts of a stage are shorter than its longest.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,11 +21,10 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from pytitans.data.windows import IGNORED
-from pytitans.evals.task import Task
+from pytitans.evals.task import Example, Task, collate
 from pytitans.report import Progress, new_axes
 from pytitans.train import CURVE, TextTrainer, TrainArguments, last_checkpoint, run_trainer, save
 
-ALONE = 512  # tokens of a text without background, of length 0: about a story of BABILong
 TRAINING_SEEDS = 10**6  # added to a run's seed: no text is trained on that an evaluation asks
 
 
@@ -75,11 +74,22 @@ class TaskBatches(Dataset):
         rng = np.random.default_rng([seed, step])
         whole = rng.random() < 0.5
         length = stage.longest if whole else int(rng.integers(stage.shortest, stage.longest + 1))
-        count = max(1, stage.fill // (length or ALONE))
         task = stage.tasks[step % len(stage.tasks)]
-        ids, targets = task.batch(count, length=length, seed=seed, first=step * stage.fill)
+        found = task.examples(stage.fill, length=length, seed=seed, first=step * stage.fill)
+        ids, targets = collate(filling(found, stage.fill))
         price = torch.tensor(stage.gate_penalty)
         return {"input_ids": ids, "targets": targets, "price": price}
+
+
+def filling(examples: Iterable[Example], fill: int) -> list[Example]:
+    """As many as have `fill` tokens when all are as long as the longest; one at least."""
+    kept: list[Example] = []
+    for example in examples:
+        longest = max(len(x.ids) for x in (*kept, example))
+        if kept and longest * (len(kept) + 1) > fill:
+            break
+        kept.append(example)
+    return kept
 
 
 class TaskTrainer(TextTrainer):
@@ -189,6 +199,7 @@ def plot_answers(facts: dict[str, Any], path: Path) -> None:
     right.set_ylabel("texts with all answers right, %")
     right.set_ylim(0, 102)
     ends = np.cumsum([0, *[stage["steps"] for stage in facts["stages"]]])
+    axes.set_xlim(0, ends[-1])
     for i, stage in enumerate(facts["stages"]):
         axes.axvline(ends[i + 1], color="#cbd5e0", zorder=0)
         place = (ends[i] + ends[i + 1]) / 2, 1.01 + 0.04 * (i % 2)  # short ones side by side

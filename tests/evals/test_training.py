@@ -42,6 +42,24 @@ def test_batches_follow_the_stages(tasks):
     assert digits == [False] * 40 + [False, True] * 20  # tasks take turns
 
 
+def test_a_step_of_texts_without_background_holds_no_more_than_asked(tmp_path):
+    """Stories are of any length, and all of a step are padded to the longest."""
+    story = [f"{i} Mary went to the {'very ' * (i % 40)}old park.\n" for i in range(1, 60)]
+    lines = [f"{i} Where is Mary?\tpark\t{i - 1}\n" if i % 3 == 0 else x
+             for i, x in enumerate(story, 1)]  # fmt: skip
+    folder = tmp_path / "en-10k"
+    folder.mkdir()
+    (folder / "qa1_single-supporting-fact_test.txt").write_text("".join(lines))
+    (tmp_path / "book.txt").write_text("It rained. Nobody came. ")
+    babi = {"files": [str(tmp_path / "book.txt")], "babi": str(tmp_path)}
+    task = load_task("babilong_qa1", byte_tokenizer(), **babi)
+    batches = TaskBatches([Stage([task], 0, 0, 20, fill=2048)], seed=0)
+    shapes = [batches[step]["input_ids"].shape for step in range(20)]
+    assert len({width for _, width in shapes}) > 5
+    assert all(rows == 1 or rows * width <= 2048 for rows, width in shapes)
+    assert max(rows for rows, _ in shapes) > 1
+
+
 def test_no_text_comes_twice_nor_in_an_evaluation(tasks):
     stages = [Stage(tasks[1:], 32, 32, 20, fill=256)]
     seen = [tuple(row.tolist()) for b in (0, 1) for x in range(20)
