@@ -350,8 +350,9 @@ class Clock(TrainerCallback, ExportableState):
         return time.perf_counter() - self.began
 
     def on_train_begin(self, args, state, control, **kwargs):
-        kept = state.stateful_callbacks.get(type(self).__name__, {})
-        self.began = time.perf_counter() - kept.get("attributes", {}).get("seconds", 0.0)
+        saved: Any = state.stateful_callbacks  # a checkpoint's, where there is one
+        kept = saved.get(type(self).__name__, self.state())["attributes"]
+        self.began = time.perf_counter() - kept["seconds"]
 
     def state(self) -> dict[str, Any]:
         return {"args": {}, "attributes": {"seconds": self.seconds}}
