@@ -8,7 +8,6 @@ and length see the same windows of text in the same order, whatever the model.
 import copy
 import json
 import math
-import os
 import platform
 import shlex
 import signal
@@ -38,8 +37,8 @@ from transformers import (
     TrainingArguments,
     default_data_collator,
 )
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
-from transformers.trainer_utils import get_last_checkpoint
 
 from pytitans.cache import TitansCache
 from pytitans.data.text import TextData, head, load_text
@@ -398,8 +397,11 @@ def agreed(value: float, args: TrainingArguments) -> float:
 
 
 def last_checkpoint(folder: str | Path) -> str | None:
-    """The last checkpoint in the folder, if there is any."""
-    return get_last_checkpoint(str(folder)) if os.path.isdir(folder) else None
+    """The last checkpoint in the folder, if there is any. One without its state is not whole: the
+    process was killed while it saved."""
+    whole = Path(folder).glob(f"checkpoint-*/{TRAINER_STATE_NAME}")
+    steps = {int(path.parent.name.split("-")[1]): str(path.parent) for path in whole}
+    return steps[max(steps)] if steps else None
 
 
 def find_checkpoint(args: TrainingArguments, resume: bool) -> str | None:

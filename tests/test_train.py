@@ -116,6 +116,16 @@ def test_seconds_of_a_resumed_run_count_those_before(tmp_path, data):
     assert 1000 <= facts["seconds"] < 2000
 
 
+def test_a_checkpoint_that_was_not_saved_to_its_end_is_passed_over(tmp_path, data):
+    """The process was killed while it wrote: what it had left was the newest folder."""
+    whole, _ = run(tmp_path, data)
+    os.remove(tmp_path / "checkpoint-6" / "trainer_state.json")
+    checkpoint = find_checkpoint(arguments(tmp_path), resume=True)
+    assert checkpoint == str(tmp_path / "checkpoint-3")
+    resumed, _ = run(tmp_path, data, checkpoint)
+    assert torch.equal(weights(whole), weights(resumed))
+
+
 def test_ctrl_c_saves_a_checkpoint_to_go_on_from(tmp_path, data):
     whole, _ = run(tmp_path / "whole", data)
     model, calls = llama(), []
@@ -141,6 +151,7 @@ def test_a_folder_that_holds_a_run_is_not_overwritten(tmp_path):
     with pytest.raises(ValueError, match="no checkpoint to resume from"):
         find_checkpoint(args, resume=True)
     (tmp_path / "checkpoint-3").mkdir()
+    (tmp_path / "checkpoint-3" / "trainer_state.json").touch()
     with pytest.raises(ValueError, match="holds a run already: choose another"):
         find_checkpoint(args, resume=False)
 
