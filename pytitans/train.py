@@ -350,8 +350,8 @@ class Clock(TrainerCallback, ExportableState):
 
     def on_train_begin(self, args, state, control, **kwargs):
         saved: Any = state.stateful_callbacks  # a checkpoint's, where there is one
-        kept = saved.get(type(self).__name__, self.state())["attributes"]
-        self.began = time.perf_counter() - kept["seconds"]
+        kept = saved.setdefault(type(self).__name__, self.state())  # without, it cannot be saved
+        self.began = time.perf_counter() - kept["attributes"]["seconds"]
 
     def state(self) -> dict[str, Any]:
         return {"args": {}, "attributes": {"seconds": self.seconds}}

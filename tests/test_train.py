@@ -114,6 +114,10 @@ def test_seconds_of_a_resumed_run_count_those_before(tmp_path, data):
     (kept / "trainer_state.json").write_text(json.dumps(state))
     _, facts = run(tmp_path / "stopped", data, str(kept))
     assert 1000 <= facts["seconds"] < 2000
+    del state["stateful_callbacks"]["Clock"]  # another Trainer's checkpoint
+    (kept / "trainer_state.json").write_text(json.dumps(state))
+    _, facts = run(tmp_path / "other", data, str(kept))
+    assert facts["seconds"] < 1000
 
 
 def test_a_checkpoint_that_was_not_saved_to_its_end_is_passed_over(tmp_path, data):
