@@ -1,6 +1,7 @@
 """docs/results.md says what the published files of results say, to the digit."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,14 @@ from pytitans.forecasting.backtest import table
 from pytitans.genomics.genome import genome_table
 
 ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "recipes"))
+
+from genomics import table as table_of_classes  # noqa: E402 - from the recipes' folder
+
 ASKED = ("ablation", "language", "needle", "released")  # by titans eval
+CLASSES = sorted(
+    path for path in (ROOT / "results" / "genomics").glob("*.json") if path.stem != "ecoli"
+)
 FORECAST = sorted((ROOT / "results" / "forecasting").glob("*.json"))
 
 
@@ -35,6 +43,11 @@ def test_a_series_table_is_that_of_its_scores(path):
     assert_printed(table([cell for cell in cells if cell["split"] == "test"]))
 
 
+@pytest.mark.parametrize("path", CLASSES, ids=lambda path: path.stem)
+def test_a_table_of_classes_is_that_of_its_scores(path):
+    assert_printed(table_of_classes(json.loads(path.read_text())["rows"]))
+
+
 def test_the_genome_table_is_that_of_its_scores():
     assert_printed(genome_table(json.loads((ROOT / "results/genomics/ecoli.json").read_text())))
 
@@ -42,4 +55,4 @@ def test_the_genome_table_is_that_of_its_scores():
 def test_every_folder_of_results_is_checked():
     folders = {path.name for path in (ROOT / "results").glob("*") if path.is_dir()}
     assert folders == {*ASKED, "forecasting", "genomics"}
-    assert FORECAST
+    assert FORECAST and CLASSES
