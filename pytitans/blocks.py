@@ -137,7 +137,8 @@ class MAC(Block):
 
     Without the residual, keys are averages over a segment until attention has learned to point,
     which it has no reason to before the memory is of use: recall was not learned. The residual is
-    the normalised input, of attention's size; the input itself is lost in it (docs/log.md).
+    the normalised input: the input itself, in a first layer an embedding, is half the size of that
+    average (docs/log.md).
     """
 
     def __init__(self, dim, memory, attention: SegmentAttention, num_persistent, segment_len: int):

@@ -209,3 +209,19 @@ def test_loss_without_logits(items, monkeypatch):
     assert logits is None
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-6)
     assert model.eval()(ids, labels=labels).logits is not None
+
+
+def test_what_an_untrained_mac_writes_tells_tokens_apart(monkeypatch):
+    """Attention that has learned nothing averages a segment; beside an input as small as an
+    embedding, keys of all its tokens would be alike (cosines of 0.3: docs/log.md)."""
+    torch.manual_seed(0)
+    shape = {"vocab_size": 256, "hidden_size": 64, "num_hidden_layers": 1, "segment_len": 64}
+    model = TitansForCausalLM(tiny_config("mac", **shape))
+    memory = model.model.layers[0].block.memory
+    read, write = [], memory.write
+    monkeypatch.setattr(memory, "write", lambda x, *rest: (read.append(x), write(x, *rest))[1])
+    with torch.no_grad():
+        model(torch.randint(0, 256, (1, 64)), use_cache=False)
+    x = torch.nn.functional.normalize(read[0][0, 32:], dim=-1)
+    cosines = x @ x.mT
+    assert cosines[~torch.eye(32, dtype=torch.bool)].mean() < 0.1
