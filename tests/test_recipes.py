@@ -2,15 +2,10 @@
 
 import argparse
 import json
-import sys
 from pathlib import Path
 
+import experiment
 import pytest
-
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "recipes"))
-
-import experiment  # noqa: E402 - from the recipes' folder
 
 
 class Fake(experiment.Experiment):

@@ -1,20 +1,16 @@
 """docs/results.md says what the published files of results say, to the digit."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
+from genomics import table as table_of_classes
 
 from pytitans.evals.report import write_report
 from pytitans.forecasting.backtest import table
 from pytitans.genomics.genome import genome_table
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "recipes"))
-
-from genomics import table as table_of_classes  # noqa: E402 - from the recipes' folder
-
 ASKED = ("ablation", "language", "needle", "released")  # by titans eval
 CLASSES = sorted(
     path for path in (ROOT / "results" / "genomics").glob("*.json") if path.stem != "ecoli"

@@ -2,18 +2,13 @@
 
 import argparse
 import json
-import sys
 from pathlib import Path
 
+import experiment
+import forecasting
 import numpy as np
 import pandas as pd
 import pytest
-
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "recipes"))
-
-import experiment  # noqa: E402 - from the recipes' folder
-import forecasting  # noqa: E402
 
 
 def make(**options) -> forecasting.Forecasting:

@@ -1,16 +1,11 @@
 """The recipe of genomics, from data to table, on a small table with two models."""
 
 import json
-import sys
-from pathlib import Path
-
-import numpy as np
-import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "recipes"))
 
 import experiment
 import genomics
+import numpy as np
+import pytest
 
 
 @pytest.fixture
