@@ -374,8 +374,6 @@ def model_config(options: "Namespace", tokenizer: "PreTrainedTokenizerFast") -> 
 def model_folder(name: str) -> str:
     """The name; of a run that was stopped, its last checkpoint; of a released model, its folder,
     unless there is a model here of that name."""
-    from transformers.trainer_utils import get_last_checkpoint
-
     from pytitans.released import released_folder
 
     folder = Path(name).expanduser()
@@ -383,7 +381,9 @@ def model_folder(name: str) -> str:
         return released_folder(name) or name
     if (folder / "config.json").exists():
         return str(folder)
-    last = get_last_checkpoint(str(folder)) or released_folder(name)
+    from pytitans.train import last_checkpoint
+
+    last = last_checkpoint(folder) or released_folder(name)
     if last is None:
         raise ValueError(f"{name!r} holds no model: no config.json and no checkpoint is in it")
     return last

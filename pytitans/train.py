@@ -10,19 +10,16 @@ import json
 import math
 import platform
 import shlex
-import signal
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import transformers
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -38,9 +35,9 @@ from transformers import (
     default_data_collator,
 )
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_callback import ExportableState
 
 from pytitans.cache import TitansCache
+from pytitans.callbacks import Clock, KeepCacheOn, StopOnSignal, agreed
 from pytitans.data.text import TextData, head, load_text
 from pytitans.data.tokenizer import check_vocabulary
 from pytitans.data.windows import (
@@ -310,17 +307,6 @@ class TextTrainer(Trainer):
         return [name for name, weight in model.named_parameters() if weight.ndim > 1]
 
 
-class KeepCacheOn(TrainerCallback):
-    """Undoes the `use_cache: false` that the Trainer leaves in a checkpoint's configuration."""
-
-    def on_save(self, args, state, control, **kwargs):
-        path = Path(args.output_dir or "", f"checkpoint-{state.global_step}", "config.json")
-        if state.is_world_process_zero and path.exists():
-            path.write_text(
-                json.dumps(json.loads(path.read_text()) | {"use_cache": True}, indent=2)
-            )
-
-
 class KeepCarried(TrainerCallback):
     """Saves the memory that a trainer carries, of each process its own, with every checkpoint."""
 
@@ -338,69 +324,14 @@ class KeepCarried(TrainerCallback):
             self.trainer.carried.save(self.path(folder, args), model, fingerprint=by)
 
 
-class Clock(TrainerCallback, ExportableState):
-    """Seconds of training, those that led to the checkpoint it goes on from included."""
-
-    def __init__(self) -> None:
-        self.began = time.perf_counter()
-
-    @property
-    def seconds(self) -> float:
-        return time.perf_counter() - self.began
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        saved: Any = state.stateful_callbacks  # a checkpoint's, where there is one
-        kept = saved.setdefault(type(self).__name__, self.state())  # without, it cannot be saved
-        self.began = time.perf_counter() - kept["attributes"]["seconds"]
-
-    def state(self) -> dict[str, Any]:
-        return {"args": {}, "attributes": {"seconds": self.seconds}}
-
-
-class StopOnSignal(TrainerCallback):
-    """Ends training after the step, with a checkpoint, on SIGINT or SIGTERM to any process."""
-
-    def __init__(self):
-        self.asked = False
-
-    @contextmanager
-    def listening(self) -> Iterator[None]:
-        """Handles the signals within; a second one then acts as usual. Main thread only."""
-        before = {}
-
-        def ask(number, frame):
-            self.asked = True
-            signal.signal(number, before[number])
-
-        for number in (signal.SIGINT, signal.SIGTERM):
-            before[number] = signal.signal(number, ask)
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-    def on_step_end(self, args, state, control, **kwargs):
-        self.asked = agreed(self.asked, args)
-        if self.asked:
-            control.should_save = control.should_training_stop = True
-            control.should_evaluate = False
-
-
-def agreed(value: float, args: TrainingArguments) -> float:
-    """The largest value among the processes."""
-    if args.world_size == 1:
-        return value
-    shared = torch.tensor(float(value), device=args.device)
-    dist.all_reduce(shared, dist.ReduceOp.MAX)
-    return shared.item()
-
-
 def last_checkpoint(folder: str | Path) -> str | None:
     """The last checkpoint in the folder, if there is any. One without its state is not whole: the
     process was killed while it saved."""
-    whole = Path(folder).glob(f"checkpoint-*/{TRAINER_STATE_NAME}")
-    steps = {int(path.parent.name.split("-")[1]): str(path.parent) for path in whole}
+    steps = {
+        int(number): str(path.parent)
+        for path in Path(folder).glob(f"checkpoint-*/{TRAINER_STATE_NAME}")
+        if (number := path.parent.name.removeprefix("checkpoint-")).isdecimal()
+    }
     return steps[max(steps)] if steps else None
 
 
@@ -425,7 +356,7 @@ def planned_steps(model, args: TrainArguments, windows: Dataset, checkpoint: str
     if args.max_minutes is None:
         return args.max_steps
     if checkpoint is not None:
-        return TrainerState.load_from_json(f"{checkpoint}/trainer_state.json").max_steps
+        return TrainerState.load_from_json(f"{checkpoint}/{TRAINER_STATE_NAME}").max_steps
     return max(1, int(args.max_minutes * 60 / agreed(seconds_per_step(model, args, windows), args)))
 
 

@@ -84,8 +84,9 @@ class TaskBatches(Dataset):
 def filling(examples: Iterable[Example], fill: int) -> list[Example]:
     """As many as have `fill` tokens when all are as long as the longest; one at least."""
     kept: list[Example] = []
+    longest = 0
     for example in examples:
-        longest = max(len(x.ids) for x in (*kept, example))
+        longest = max(longest, len(example.ids))
         if kept and longest * (len(kept) + 1) > fill:
             break
         kept.append(example)

@@ -9,12 +9,12 @@ import pandas as pd
 import pytest
 import torch
 
+from pytitans.callbacks import StopOnSignal
 from pytitans.cli import main
 from pytitans.data.series import Windows
 from pytitans.forecasting.backtest import score_carried, table
 from pytitans.forecasting.runs import load_run
 from pytitans.models import TitansForecastingConfig, TitansForForecasting
-from pytitans.train import StopOnSignal
 
 ROWS = 400
 SMALL = {
