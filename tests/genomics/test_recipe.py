@@ -1,6 +1,7 @@
 """The recipe of genomics, from data to table, on a small table with two models."""
 
 import json
+import sys
 
 import experiment
 import genomics
