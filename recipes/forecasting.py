@@ -9,11 +9,12 @@ A model is VARIANT@LOOKBACK, as lmm@96, mac@336, dlinear@96; lmm@96+672 reads 67
 its memory alone while it is trained, and is also tested with a memory that has read the whole
 series up to the look-back ("carried"). The protocol is `pytitans/data/series.py`'s.
 
-Nothing is chosen by the test rows: the learning rate of a model is the one of three with which its
-shortest horizon has the lowest validation MSE at seed 0, and each run keeps the weights of its
-lowest validation loss. That is the Huber loss, for all but PatchTST, whose class has MSE. All is
-below --output, one folder a run; a stopped recipe goes on with the same command. The table and all
-scores go to --results/NAME.md and NAME.json. How runs are kept: `recipes/experiment.py`.
+Nothing is chosen by the test rows: the learning rate of a model is the one of three with which it
+has the lowest validation MSE at seed 0, at each horizon of a small series, at the shortest of a
+large one, and each run keeps the weights of its lowest validation loss. That is the Huber loss, for
+all but PatchTST, whose class has MSE. All is below --output, one folder a run; a stopped recipe
+goes on with the same command. The table and all scores go to --results/NAME.md and NAME.json. How
+runs are kept: `recipes/experiment.py`.
 """
 
 import argparse
@@ -28,7 +29,8 @@ from experiment import Experiment, run_experiment
 HORIZONS = (96, 192, 336, 720)
 MODELS = (
     "lmm@96", "lmm@336", "mac@336", "mag@336", "mal@336",
-    "dlinear@96", "dlinear@336", "itransformer@96", "patchtst@336", "seasonal_naive@96",
+    "dlinear@96", "dlinear@336", "rlinear@336", "itransformer@96", "patchtst@336",
+    "seasonal_naive@96",
 )  # fmt: skip
 UNEVEN = ("weather",)  # a date that repeats and a gap, which the community's loaders do not see
 LARGE = 20_000  # rows from which on a series counts as large
@@ -44,6 +46,7 @@ TITANS: dict[str, dict[str, Any]] = {  # found on the validation rows of ETTh1 a
 }
 FIELDS: dict[str, dict[str, Any]] = {  # what a baseline's authors take, but for the loss
     "dlinear": {"small": HUBER, "large": HUBER},
+    "rlinear": {"small": HUBER, "large": HUBER},
     "itransformer": {"small": HUBER | {"d_model": 256, "ffn_dim": 256}, "large": HUBER},
     "patchtst": {
         "small": {},
@@ -55,6 +58,7 @@ FIELDS: dict[str, dict[str, Any]] = {  # what a baseline's authors take, but for
 }  # fmt: skip
 RATES = {
     "dlinear": (1e-4, 1e-3, 5e-3),
+    "rlinear": (1e-4, 1e-3, 5e-3),
     "itransformer": (1e-4, 5e-4, 1e-3),
     "patchtst": (1e-4, 5e-4, 2e-3),
     "seasonal_naive": (1e-3,),  # it learns nothing
@@ -83,6 +87,10 @@ class Forecasting(Experiment):
         super().__init__(args)
         self.models = tuple(f"{m}-h{h}" for m in args.models for h in sorted(args.horizons))
 
+    @property
+    def size(self) -> str:
+        return "large" if self.args.rows > LARGE else "small"
+
     def data(self, name: Name):
         from pytitans.data.series import SeriesData
 
@@ -101,9 +109,8 @@ class Forecasting(Experiment):
         from pytitans.train import last_checkpoint
 
         transformers.logging.disable_progress_bar()
-        what = Name.of(name)
+        what, size = Name.of(name), self.size
         titans = what.variant in VARIANTS
-        size = "large" if self.args.rows > LARGE else "small"
         fields = TITANS[size] if titans else FIELDS.get(what.variant, {}).get(size, {})
         args = ForecastArguments(
             output_dir=str(folder), learning_rate=rate, seed=seed, **self.budget(titans, size)
@@ -131,6 +138,9 @@ class Forecasting(Experiment):
         return {}  # the runs score themselves
 
     def swept(self, name: str) -> str:
+        """At each horizon of a small series: far ones overfit sooner."""
+        if self.size == "small":
+            return name
         return f"{name.rpartition('-h')[0]}-h{min(self.args.horizons)}"
 
     def rates(self, name: str) -> tuple[float, ...]:

@@ -1,4 +1,5 @@
-"""What to compare with: DLinear, iTransformer, PatchTST (Hugging Face's), and repeating a season.
+"""What to compare with: DLinear, RLinear, iTransformer, PatchTST (Hugging Face's), and repeating a
+season.
 
 All take `past_values` [B, context, V] and `future_values` [B, horizon, V] and return an output with
 `loss` and `prediction_outputs` [B, horizon, V], as Hugging Face's PatchTST does. The loss is MSE,
@@ -16,9 +17,7 @@ from transformers import PatchTSTConfig, PatchTSTForPrediction, PreTrainedConfig
 from transformers import initialization as init
 from transformers.utils.generic import ModelOutput
 
-from pytitans.models.modeling_titans_forecasting import POINT_LOSS
-
-EPS = 1e-5
+from pytitans.models.modeling_titans_forecasting import EPS, POINT_LOSS
 
 
 @dataclass
@@ -41,6 +40,13 @@ class SeriesConfig(PreTrainedConfig):
     context_length: int = 96
     prediction_length: int = 96
     num_input_channels: int = 1
+
+
+def scaled(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """x [B, V, context], each variable shifted and scaled alone (RevIN's); and by what."""
+    loc = x.mean(-1, keepdim=True)
+    scale = (x.var(-1, keepdim=True, correction=0) + EPS).sqrt()
+    return (x - loc) / scale, loc, scale
 
 
 def start_linear(layer: nn.Linear) -> None:
@@ -86,6 +92,40 @@ class DLinear(PreTrainedModel):
         return forecast_output(
             (self.trend(trend) + self.rest(x - trend)).mT, future_values, self.config.loss
         )
+
+
+@strict
+class RLinearConfig(SeriesConfig):
+    """RLinear's shape."""
+
+    model_type = "rlinear"
+
+    loss: Literal["mse", "mae", "huber"] = "mse"
+
+
+class RLinear(PreTrainedModel):
+    """A linear map of the scaled look-back, the same for all variables, and scaled back
+    (https://arxiv.org/abs/2305.10721): what is left of `TitansForForecasting` without its memory,
+    so that the two tell what that is worth. It starts at zero, too."""
+
+    config: RLinearConfig
+    config_class = RLinearConfig
+
+    def __init__(self, config: RLinearConfig):
+        super().__init__(config)
+        self.linear = nn.Linear(config.context_length, config.prediction_length)
+        self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, nn.Linear):
+            init.zeros_(module.weight)
+            init.zeros_(module.bias)
+
+    def forward(self, past_values: Tensor, future_values: Tensor | None = None, **kwargs):
+        x, loc, scale = scaled(past_values.mT)
+        out = self.linear(x) * scale + loc
+        return forecast_output(out.mT, future_values, self.config.loss)
 
 
 @strict
@@ -137,10 +177,8 @@ class ITransformer(PreTrainedModel):
             init.zeros_(module.bias)
 
     def forward(self, past_values: Tensor, future_values: Tensor | None = None, **kwargs):
-        x = past_values.mT
-        loc = x.mean(-1, keepdim=True)
-        scale = (x.var(-1, keepdim=True, correction=0) + EPS).sqrt()
-        hidden = self.encoder(self.dropout(self.embed((x - loc) / scale)))
+        x, loc, scale = scaled(past_values.mT)
+        hidden = self.encoder(self.dropout(self.embed(x)))
         out = self.head(hidden) * scale + loc
         return forecast_output(out.mT, future_values, self.config.loss)
 
@@ -173,6 +211,7 @@ class SeasonalNaive(PreTrainedModel):
 
 BASELINES: dict[str, tuple[Any, Any]] = {
     "dlinear": (DLinearConfig, DLinear),
+    "rlinear": (RLinearConfig, RLinear),
     "itransformer": (ITransformerConfig, ITransformer),
     "patchtst": (PatchTSTConfig, PatchTSTForPrediction),
     "seasonal_naive": (SeasonalNaiveConfig, SeasonalNaive),

@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from pytitans.data.series import Windows
 from pytitans.forecasting.backtest import averages, score
 from pytitans.forecasting.baselines import BASELINES
+from pytitans.models.configuration_titans_forecasting import TitansForecastingConfig
+from pytitans.models.modeling_titans_forecasting import TitansForForecasting
 
 SHAPE = {"context_length": 32, "prediction_length": 12, "num_input_channels": 3}
 SMALL = {
@@ -33,7 +35,7 @@ def test_shapes_loss_and_files(name, tmp_path):
     torch.testing.assert_close(again, out.prediction_outputs)
 
 
-@pytest.mark.parametrize("name", ["dlinear", "itransformer"])
+@pytest.mark.parametrize("name", ["dlinear", "rlinear", "itransformer"])
 def test_loss_is_chosen(name):
     past, future = torch.randn(2, 32, 3), 3 * torch.randn(2, 12, 3)
     out = build(name, loss="huber")(past_values=past, future_values=future)
@@ -51,6 +53,21 @@ def test_dlinear_by_hand():
     want = model.trend.weight @ trend[0] + model.rest.weight @ rest[0]
     want = want + (model.trend.bias + model.rest.bias)[:, None]
     torch.testing.assert_close(model(past_values=past).prediction_outputs[0], want)
+
+
+def test_rlinear_is_titans_without_its_memory():
+    """Its map beside a memory that says nothing, as both are before the first step."""
+    rlinear, past = build("rlinear").double(), torch.randn(2, 32, 3).double()
+    torch.nn.init.normal_(rlinear.linear.weight)
+    titans = TitansForForecasting(
+        TitansForecastingConfig(context_length=32, prediction_length=12, num_input_channels=3)
+    )
+    titans = titans.double().eval()
+    assert titans.skip is not None
+    titans.skip.load_state_dict(rlinear.linear.state_dict())
+    torch.testing.assert_close(
+        titans(past_values=past).prediction_outputs, rlinear(past_values=past).prediction_outputs
+    )
 
 
 def test_seasonal_naive_by_hand():

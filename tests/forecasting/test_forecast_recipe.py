@@ -14,6 +14,7 @@ import pytest
 
 def make(**options) -> forecasting.Forecasting:
     given = {"models": ["lmm@96+672", "dlinear@336"], "horizons": [192, 96], "rates": None}
+    given["rows"] = 60_000
     return forecasting.Forecasting(argparse.Namespace(share=0.1, **given | options))
 
 
@@ -25,6 +26,7 @@ def test_names_and_who_is_swept():
     assert forecasting.Name.of("lmm@96+672-h192") == ("lmm", 96, 672, 192)
     assert forecasting.Name.of("dlinear@336-h96") == ("dlinear", 336, 0, 96)
     assert made.swept("lmm@96+672-h192") == "lmm@96+672-h96"
+    assert make(rows=17_420).swept("lmm@96+672-h192") == "lmm@96+672-h192"
     assert len(made.rates("lmm@96+672-h96")) == len(made.rates("dlinear@336-h96")) == 3
     assert made.budget(True, "small")["max_steps"] == 80
 
@@ -65,7 +67,7 @@ def test_one_command_makes_the_table_and_keeps_what_is_done(table, monkeypatch, 
     out = recipe()
     assert any(line.startswith("| dlinear | plain | 24 |") for line in out)
     found = json.loads((table.parent / "results/forecasting/power.json").read_text())
-    assert found["sweep"]["dlinear@24-h6"]["chosen"] == 1e-2
+    assert [found["sweep"][f"dlinear@24-h{h}"]["chosen"] for h in (6, 12)] == [1e-2, 1e-2]
     cells = [c for c in found["cells"] if c["model"] == "dlinear" and c["split"] == "test"]
     assert {(c["horizon"], c["seed"]) for c in cells} == {(6, 0), (6, 1), (12, 0), (12, 1)}
     assert {c["learning_rate"] for c in cells} == {1e-2}
