@@ -24,6 +24,7 @@ import json
 import logging
 import re
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -114,7 +115,8 @@ def run_harness(
         if changes:  # in a group, since there alone the harness changes what it knows by name
             task = {"group": "local", "task": [{"task": name} | changes]}
         essays = local_essays(files if name.startswith("niah_") else ())
-        with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16), essays:
+        inference = torch.autocast(model.device.type, torch.bfloat16, enabled=bf16)
+        with inference, essays, reaching_the_hub(name):
             found = evaluate(
                 lm, tasks=[task], task_manager=manager, limit=limit,
                 bootstrap_iters=0, log_samples=False, random_seed=seed, numpy_random_seed=seed,
@@ -130,6 +132,19 @@ def run_harness(
         results.save()
     results.save(finished=True)
     return results
+
+
+@contextmanager
+def reaching_the_hub(name: str) -> Iterator[None]:
+    """Says what else there is when a task's data cannot be fetched."""
+    try:
+        yield
+    except ConnectionError as error:
+        files = f", or give its file {LOCAL[name][0][0]} in a folder, --local FOLDER"
+        raise ValueError(
+            f"the data of {name!r} could not be fetched ({error}): try again with a connection"
+            f"{files if name in LOCAL else ''}"
+        ) from error
 
 
 def task_manager(names: Sequence[str], metadata: dict[str, Any]) -> TaskManager:

@@ -107,3 +107,9 @@ def test_a_run_ends_in_cells(local, model, harness, tmp_path):
     assert math.exp(nats) == pytest.approx(found["wikitext", "byte_perplexity"])
     (report,) = write_report([tmp_path / "a.json"], tmp_path)
     assert "wikitext bits_per_byte" in report.read_text()
+
+
+def test_data_that_cannot_be_fetched_are_asked_for(harness):
+    message = r"'piqa' could not .* its file piqa in .*--local FOLDER"
+    with pytest.raises(ValueError, match=message), harness.reaching_the_hub("piqa"):
+        raise ConnectionError("no hub")
