@@ -1,7 +1,8 @@
 """Tables and pictures of files of results: `titans report a.json b.json --output folder`.
 
 A row is a model. Runs of one model, or of models whose names differ in a seed alone (`mal-seed0`,
-`mal-seed1`), are one row: the mean over the runs, and "±" their standard deviation.
+`mal-seed1`), are one row: the mean over the runs, and "±" their standard deviation. Where one of
+them was asked no more because it had found nothing in shorter texts (`--give_up`), it counts as 0.
 
     report.md                     all tables
     NAME-accuracy.png             a task over length, a line for each row
@@ -114,6 +115,31 @@ def accuracy_at(result: dict[str, Any], length: int, depth: float | None = None)
     return sum(cell["accuracy"] * cell["samples"] for cell in cells) / count if count else None
 
 
+def accuracies(
+    results: Sequence[dict[str, Any]], length: int, depth: float | None = None
+) -> list[float | None]:
+    """`accuracy_at` of each run of a model. One that gave up before this length counts as 0 beside
+    others that were asked: a mean of those that go on alone would be too good."""
+    runs: dict[tuple, dict[str, Any]] = {}
+    for result in results:  # a run's short and long texts may be in files of their own
+        run = result.get("label"), result["model"]["name"], result["model"]["weights"]
+        cells = runs.setdefault((*run, result["seed"]), {"cells": []})["cells"]
+        cells += result["cells"]
+    found = [accuracy_at(run, length, depth) for run in runs.values()]
+    if all(value is None for value in found):
+        return found
+    return [
+        0.0 if value is None and gave_up(run, length) else value
+        for run, value in zip(runs.values(), found, strict=True)
+    ]
+
+
+def gave_up(run: dict[str, Any], length: int) -> bool:
+    """Whether the longest text it was asked was shorter than that, and none of its kind right."""
+    longest = max((cell["length"] for cell in run["cells"] if "accuracy" in cell), default=length)
+    return longest < length and accuracy_at(run, longest) == 0
+
+
 def spread(values: Sequence[float | None]) -> tuple[float, float] | None:
     """Mean and standard deviation (of several) over runs."""
     known = [value for value in values if value is not None]
@@ -144,7 +170,7 @@ def accuracy_table(runs: Runs) -> str:
     lengths = lengths_of(runs)
     rows = []
     for row, results in runs.items():
-        found = [[accuracy_at(result, n) for result in results] for n in lengths]
+        found = [accuracies(results, n) for n in lengths]
         rows.append([row, *(shown(values, lambda x: f"{100 * x:.1f}") for values in found)])
     return "Accuracy in percent.\n\n" + table_of(["model", *map(size, lengths)], rows)
 
@@ -206,21 +232,23 @@ def size(tokens: int) -> str:
 
 
 def plot_accuracy(task: str, runs: Runs, path: Path) -> Path:
-    """Accuracy over length, with a band of one standard deviation over runs."""
+    """Accuracy over length; of several runs the mean, and each of them as a thin line."""
     figure, axes = new_axes(7, 4.2, xlabel="tokens", ylabel="accuracy, %", title=task)
     lengths = lengths_of(runs)
-    places = {n: i for i, n in enumerate(lengths)}
     for (line, colour), (row, results) in zip(cycle(LOOKS), runs.items(), strict=False):
-        found = [(places[n], spread([accuracy_at(r, n) for r in results])) for n in lengths]
-        points = [(x, 100 * y[0], 100 * y[1]) for x, y in found if y is not None]
-        if not points:
+        found = [accuracies(results, n) for n in lengths]
+        means = [mean and 100 * mean[0] for mean in map(spread, found)]
+        known = [i for i, mean in enumerate(means) if mean is not None]
+        if not known:
             continue
-        x, y, wide = zip(*points, strict=True)
-        axes.plot(x, y, f"o{line}", color=colour, label=row, markersize=4, clip_on=False, zorder=3)
-        low = [a - b for a, b in zip(y, wide, strict=True)]
-        high = [a + b for a, b in zip(y, wide, strict=True)]
-        if any(wide):
-            axes.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
+        axes.plot(
+            known, [means[i] for i in known], f"o{line}",
+            color=colour, label=row, markersize=4, clip_on=False, zorder=3,
+        )  # fmt: skip
+        each = list(zip(*found, strict=True))  # a run's accuracies over lengths
+        for run in each if len(each) > 1 else ():
+            percent = [math.nan if value is None else 100 * value for value in run]
+            axes.plot(percent, line, color=colour, linewidth=0.8, alpha=0.35)
     axes.set_xticks(range(len(lengths)), [size(n) for n in lengths])
     axes.set_ylim(0, 102)
     axes.grid(axis="y", alpha=0.3)
@@ -242,9 +270,7 @@ def name_lines(figure: Any, axes: Any) -> None:
 def plot_depths(task: str, row: str, results: Sequence[dict[str, Any]], path: Path) -> Path:
     """The heat map: how often the needle was found, by length and depth."""
     lengths, depths = lengths_of({row: list(results)}), depths_of(results)
-    grid = [
-        [spread([accuracy_at(result, n, d) for result in results]) for n in lengths] for d in depths
-    ]
+    grid = [[spread(accuracies(results, n, d)) for n in lengths] for d in depths]
     values = [[math.nan if x is None else 100 * x[0] for x in line] for line in grid]
     figure, axes = new_axes(
         2.2 + 0.75 * len(lengths), 1.6 + 0.45 * len(depths),

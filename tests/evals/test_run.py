@@ -190,6 +190,23 @@ def test_report_says_mean_and_spread_over_seeds(tmp_path):
         write_report([tmp_path / "x.json"], tmp_path)
 
 
+def test_a_run_that_gave_up_counts_in_the_mean(tmp_path):
+    """As 0, at lengths that other runs of the model were asked, whatever file they are in."""
+    asked = {
+        "a": ("mal-seed0", {(1024, 0): 1.0, (2048, 0): 1.0}),
+        "b": ("mal-seed0", {(4096, 0): 0.5}),  # the same run's longer texts
+        "c": ("mal-seed1", {(1024, 0): 0.0}),  # found nothing, and was asked no more
+        "d": ("mal-seed2", {(1024, 0): 0.5, (2048, 0): 0.5}),  # not asked yet
+        "e": ("mag-seed0", {(1024, 0): 0.0}),
+    }
+    files = [tmp_path / f"{name}.json" for name in asked]
+    for path, (name, cells) in zip(files, asked.values(), strict=True):
+        path.write_text(json.dumps(made_result(name, cells)))
+    text = write_report(files, tmp_path / "report")[0].read_text()
+    assert "| mal | 50.0 ± 50.0 | 50.0 ± 50.0 | 25.0 ± 35.4 |" in text
+    assert "| mag | 0.0 |  |  |" in text
+
+
 def test_names_and_numbers():
     names = ["runs/mal-seed3", "mac_seed_1", "gpt2", "org/model-s2", "seed1"]
     rows = [row_of({"model": {"name": name}}) for name in names]
