@@ -5,6 +5,7 @@ import json
 import sys
 from pathlib import Path
 
+import dropped_batch
 import experiment
 import forecasting
 import numpy as np
@@ -36,6 +37,15 @@ def test_spread_is_over_seeds_alone():
     cells = [place | {"horizon": h, "mse": m} for h, m in ((96, 0.1), (96, 0.3), (192, 9.0))]
     assert forecasting.spread(cells).endswith("0.1414 at most (lmm, look-back 96, horizon 96).")
     assert forecasting.spread(cells[1:]) == "One seed."
+
+
+def test_windows_kept_without_the_last_batch():
+    assert [dropped_batch.kept(2545, size) for size in dropped_batch.SIZES] == [
+        2545,
+        2528,
+        2432,
+        2048,
+    ]
 
 
 @pytest.fixture
@@ -72,6 +82,14 @@ def test_one_command_makes_the_table_and_keeps_what_is_done(table, monkeypatch, 
     assert {(c["horizon"], c["seed"]) for c in cells} == {(6, 0), (6, 1), (12, 0), (12, 1)}
     assert {c["learning_rate"] for c in cells} == {1e-2}
     runs = table.parent / "runs/forecasting/power"
+    folders = [str(runs / f"dlinear@24-h{h}-seed0") for h in (12, 6)]
+    monkeypatch.setattr(sys, "argv", ["dropped_batch.py", *folders])
+    dropped_batch.main()
+    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines()]
+    assert [row[0] for row in rows[2:]] == ["| 6", "| 12", "| average"]
+    score = next(c for c in cells if (c["horizon"], c["seed"]) == (12, 0))
+    assert rows[3][1] == f"{score['mse']:.3f} / {score['mae']:.3f}"  # of all windows
+    monkeypatch.setattr(sys, "argv", command)
     before = {p: p.stat().st_mtime_ns for p in runs.rglob("model.safetensors")}
     again = recipe()  # prints the table, and nothing before it
     assert again[0] == "# power" and again == out[-len(again) :]
