@@ -221,7 +221,10 @@ def run_all(jobs: Sequence[tuple], workers: int) -> list[str]:
 
 
 def write_sweep(experiment: Experiment, output: Path) -> None:
-    found = {name: losses(name, output) for name in experiment.models}
+    """Of all that is there, also what earlier calls have swept."""
+    there = sorted(path.parent.name for path in (output / "sweep").glob(f"*/{DONE}"))
+    names = [*experiment.models, *(name.rpartition("-lr")[0] for name in there)]
+    found = {name: losses(name, output) for name in dict.fromkeys(names)}
     table = {
         name: {
             "losses": {f"{rate:g}": loss for rate, loss in rates.items()},

@@ -94,3 +94,7 @@ def test_one_command_makes_the_table_and_keeps_what_is_done(table, monkeypatch, 
     again = recipe()  # prints the table, and nothing before it
     assert again[0] == "# power" and again == out[-len(again) :]
     assert {p: p.stat().st_mtime_ns for p in runs.rglob("model.safetensors")} == before
+    monkeypatch.setattr(sys, "argv", [*command[:2], "--models", "seasonal_naive@24", *command[5:]])
+    recipe()  # of one model: what the other has swept is kept
+    sweep = json.loads((table.parent / "results/forecasting/power.json").read_text())["sweep"]
+    assert "dlinear@24-h6" in sweep and "seasonal_naive@24-h6" in sweep
