@@ -40,7 +40,7 @@ SHAPE: dict[str, Any] = HUBER | {
     "num_attention_heads": 2, "num_hidden_layers": 1, "patch_length": 16, "patch_stride": 16,
     "chunk_size": 16,
 }  # fmt: skip
-TITANS: dict[str, dict[str, Any]] = {  # found on the validation rows of ETTh1 and ETTm1
+TITANS: dict[str, dict[str, Any]] = {  # found on validation rows of ETT
     "small": SHAPE | {"hidden_size": 32, "intermediate_size": 64, "dropout": 0.3},
     "small, from 192": SHAPE | {"hidden_size": 32, "intermediate_size": 64, "dropout": 0.9},
     "large": SHAPE | {"hidden_size": 64, "intermediate_size": 64, "dropout": 0.2},
@@ -112,10 +112,11 @@ class Forecasting(Experiment):
         transformers.logging.disable_progress_bar()
         what, size = Name.of(name), self.size
         titans = what.variant in VARIANTS
-        fields = FIELDS.get(what.variant, {}).get(size, {})
+        far = size == "small" and what.horizon > min(HORIZONS)
         if titans:
-            far = size == "small" and what.horizon > min(HORIZONS)
             fields = TITANS["small, from 192" if far else size]
+        else:
+            fields = FIELDS.get(what.variant, {}).get(size, {})
         args = ForecastArguments(
             output_dir=str(folder), learning_rate=rate, seed=seed, **self.budget(titans, size)
         )

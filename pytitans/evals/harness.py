@@ -140,10 +140,11 @@ def reaching_the_hub(name: str) -> Iterator[None]:
     try:
         yield
     except ConnectionError as error:
-        files = f", or give its file {LOCAL[name][0][0]} in a folder, --local FOLDER"
+        remedy = "try again with a connection"
+        if name in LOCAL:
+            remedy += f", or give its file {LOCAL[name][0][0]} in a folder, --local FOLDER"
         raise ValueError(
-            f"the data of {name!r} could not be fetched ({error}): try again with a connection"
-            f"{files if name in LOCAL else ''}"
+            f"the data of {name!r} could not be fetched ({error}): {remedy}"
         ) from error
 
 

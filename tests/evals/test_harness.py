@@ -113,3 +113,6 @@ def test_data_that_cannot_be_fetched_are_asked_for(harness):
     message = r"'piqa' could not .* its file piqa in .*--local FOLDER"
     with pytest.raises(ValueError, match=message), harness.reaching_the_hub("piqa"):
         raise ConnectionError("no hub")
+    # a task that has no local form
+    with pytest.raises(ValueError, match=r"connection$"), harness.reaching_the_hub("babilong_qa1"):
+        raise ConnectionError("no hub")
