@@ -131,8 +131,9 @@ class NeuralMemory(nn.Module):
             raise ValueError(f"chunk_size={chunk_size} is not a number of tokens: use 1 or more")
         self.dim, self.num_heads, self.head_dim = dim, num_heads, dim // num_heads
         self.chunk_size, self.depth = chunk_size, depth
-        # gradients frozen over a chunk add up: the more tokens share one, the smaller their steps
-        self.largest_step = min(1.0, STEPS_A_CHUNK / chunk_size)
+        # gradients frozen over a chunk add up: the more tokens share one, the smaller their steps;
+        # with a chunk of one token, a step of 2 turns what was stored around: it counts modulo 2
+        self.largest_step = STEPS_A_CHUNK / chunk_size
         self.options = {"activation": activation, "objective": objective, "online": online}
         # of the size of M_0's answers: however small forgetting makes them, LayerNorm then cannot
         # enlarge a step without bound, and a memory that knows nothing answers nothing

@@ -5,7 +5,12 @@
 
 Word problems of groups (`pytitans/evals/state_tracking.py`), trained on at most 64 tokens and asked
 up to 1,024. The tables are of the share of right states, by length: a model that has learned the
-machine is right at every length. How runs are kept: `recipes/experiment.py`.
+machine is right at every length.
+
+Counting modulo 2 takes a step that turns around what is stored, which a memory can make where each
+token has a gradient point of its own: Titans has chunks of one token here. `linear_lmm` has a
+memory of one layer, `chunk16_lmm` the chunks that it has elsewhere. How runs are kept:
+`recipes/experiment.py`.
 """
 
 import argparse
@@ -18,11 +23,20 @@ from pytitans.evals import load_task
 from pytitans.evals.state_tracking import GROUPS
 from pytitans.evals.training import Stage, answer_loss, task_arguments, train_on_tasks
 
+ALONE = {
+    "lmm": {},
+    "linear_lmm": {"memory_depth": 1},
+    "chunk16_lmm": {"chunk_size": 16},
+}
 LENGTHS = ("64", "128", "256", "1K")
 
 
 class States(Experiment):
-    models = all_models()
+    models = tuple(dict.fromkeys([*all_models(), *ALONE]))
+
+    def build(self, name: str, seed: int):
+        changes = {"chunk_size": 1} | ALONE.get(name, {})
+        return build("lmm" if name in ALONE else name, SHAPE, seed, **changes)
 
     def train(self, name: str, folder: Path, rate: float, seed: int) -> float:
         task = load_task(self.args.task, byte_tokenizer())
@@ -30,7 +44,7 @@ class States(Experiment):
             Stage([task], 2, 16, steps=self.steps(200), fill=2048),
             Stage([task], 2, 64, steps=self.steps(400), fill=2048),
         ]
-        model, args = build(name, SHAPE, seed), task_arguments(folder, rate, seed)
+        model, args = self.build(name, seed), task_arguments(folder, rate, seed)
         train_on_tasks(model, byte_tokenizer(), stages, args, rest=0.0)
         return answer_loss(model, task, length=64, texts=64, seed=seed)
 

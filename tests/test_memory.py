@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from tiny import gates_of
 
-from pytitans.memory import NeuralMemory, closing_gate, closing_logit
+from pytitans.memory import STEP_FLOOR, NeuralMemory, closing_gate, closing_logit
 from pytitans.ops import retrieve
 from pytitans.ops.gates import chunk_gates
 
@@ -96,11 +96,26 @@ def test_a_trained_memory_can_write_in_one_shot_and_forget_nothing(chunk_size, m
     """One token stores its value whole, at once or by momentum; 200 others leave it there."""
     memory = make(depth=1, norm=False, conv_size=0, chunk_size=chunk_size).double()
     x = torch.randn(1, 1, 32, dtype=torch.float64)
-    state = one_write(memory, x, lr=12.0, momentum=momentum, decay=-12.0)
+    once = closing_logit(1 / memory.largest_step, STEP_FLOOR) if chunk_size == 1 else 12.0
+    state = one_write(memory, x, lr=once, momentum=momentum, decay=-12.0)
     _, k, v = F.silu(memory.qkv(x)).unflatten(-1, (3, 2, 16)).unbind(2)
     answer = retrieve(F.normalize(k, dim=-1), state.memory)
     torch.testing.assert_close(answer, v, rtol=0, atol=1e-3)
     assert (gates_of(memory, x)[2].exp() > 1 - 1e-7).all()
+
+
+def test_with_chunks_of_one_token_the_largest_step_turns_around_what_is_stored():
+    """I - 2 k k': a token read twice leaves the memory as it was, which counts modulo 2."""
+    memory = make(depth=1, norm=False, conv_size=0, chunk_size=1, momentum=False).double()
+    x = torch.randn(1, 1, 32, dtype=torch.float64)
+    with torch.no_grad():
+        memory.to_gates.bias.copy_(torch.tensor([40.0, 40.0, -12.0, -12.0]))  # steps, forgetting
+    (before,), (once,), (twice,) = (
+        memory(x.expand(1, tokens, 32))[1].memory.M if tokens else tuple(memory.M_0)
+        for tokens in (0, 1, 2)
+    )
+    assert (once - before).abs().max() > 0.1
+    torch.testing.assert_close(twice[0], before, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("chunk_size", [1, 4, 16, 64])

@@ -103,13 +103,15 @@ class TaskTrainer(TextTrainer):
     ) -> Any:
         ids, targets = inputs["input_ids"], inputs["targets"]
         outputs = model(input_ids=ids, use_cache=False)
-        logits = outputs.logits.float().mT
-        answers = cross_entropy(logits, targets, ignore_index=IGNORED)
+        logits, asked = outputs.logits.float(), targets != IGNORED
+        answers = cross_entropy(logits[asked], targets[asked])  # few: others are not looked at
         loss = answers
         if self.rest:
-            loss = loss + self.rest * cross_entropy(logits[..., :-1], ids[:, 1:])
+            rest = cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+            loss = loss + self.rest * rest
         if model.training:
-            right = (logits.detach().argmax(1) == targets) | (targets == IGNORED)
+            right = ~asked
+            right[asked] = logits.detach()[asked].argmax(-1) == targets[asked]
             self.seen.append((answers.item(), right.all(1).float().mean().item()))
         loss = self.priced(model, loss, inputs["price"])
         return (loss, outputs) if return_outputs else loss
