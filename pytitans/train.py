@@ -52,7 +52,6 @@ from pytitans.models import TitansPreTrainedModel
 from pytitans.penalty import GatePenalty
 from pytitans.report import Progress, plot_losses
 
-EXPLODED = 100.0  # times the norm that gradients are clipped to: such a step is not taken
 FACTS = "run.json"
 CURVE = "loss.png"
 
@@ -200,7 +199,6 @@ def train_on_tokens(
     facts = run_trainer(trainer, checkpoint) | {
         "train_tokens": trainer.state.global_step * sequences * length,
         "tokens_per_second": round(progress.tokens_per_second, 1),
-        "dropped_steps": trainer.dropped,
         "bits_per_byte": last_metric(trainer.state, "eval_bits_per_byte"),
         "eval_bytes": held_out.bytes,
         "train_bytes": text.bytes,
@@ -261,7 +259,6 @@ class TextTrainer(Trainer):
         assert self.model is not None
         self.price = gate_penalty
         self.penalty = GatePenalty(self.model) if gate_penalty else None
-        self.dropped = 0  # steps, since it was begun or resumed
         self.carried: TitansCache | None = None
         self.resumed: str | None = None  # the checkpoint whose memory is still to be taken
         self.add_callback(KeepCarried(self))
@@ -301,15 +298,6 @@ class TextTrainer(Trainer):
         if self.penalty is None or not model.training:
             return loss
         return loss + price * self.penalty.take()
-
-    def _clip_grad_norm(self, model) -> Any:
-        """Clips, or drops a gradient that has exploded on its way through the memory: of such a
-        one clipping leaves a direction that means nothing, and the step is not taken."""
-        norm = super()._clip_grad_norm(model)
-        if not norm < EXPLODED * self.args.max_grad_norm:
-            model.zero_grad(set_to_none=True)
-            self.dropped += 1
-        return norm
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None):
         dataset: Any = train_dataset or self.train_dataset
