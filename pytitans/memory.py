@@ -22,7 +22,7 @@ from pytitans.ops import MemoryState, initial_state, neural_memory, retrieve, ro
 
 STEP_FLOOR = 0.03  # what the fourth power of a step's sigmoid must exceed to write anything
 FORGET_FLOOR = 1e-4  # likewise to forget: horizons of 10,000 tokens are within reach
-STEPS_A_CHUNK = 2.0  # what the largest steps of a chunk add up to
+STEPS_A_CHUNK = 2.0  # what the largest steps of a chunk, in all layers, add up to
 MOMENTUM_START = 0.8  # an untrained layer's momentum
 EMPTY = 0.3  # size of M_0's answers without LayerNorm
 FORGET_START = (
@@ -131,9 +131,10 @@ class NeuralMemory(nn.Module):
             raise ValueError(f"chunk_size={chunk_size} is not a number of tokens: use 1 or more")
         self.dim, self.num_heads, self.head_dim = dim, num_heads, dim // num_heads
         self.chunk_size, self.depth = chunk_size, depth
-        # gradients frozen over a chunk add up: the more tokens share one, the smaller their steps;
-        # with a chunk of one token, a step of 2 turns what was stored around: it counts modulo 2
-        self.largest_step = STEPS_A_CHUNK / chunk_size
+        # gradients frozen over a chunk add up, and so does what layers move an answer by: with more
+        # than this, gradients explode on their way back through a deep memory (docs/log.md). A step
+        # of 2, of a linear memory's chunk of one token, turns what was stored around: it counts
+        self.largest_step = STEPS_A_CHUNK / (chunk_size * depth)
         self.options = {"activation": activation, "objective": objective, "online": online}
         # of the size of M_0's answers: however small forgetting makes them, LayerNorm then cannot
         # enlarge a step without bound, and a memory that knows nothing answers nothing
@@ -168,14 +169,13 @@ class NeuralMemory(nn.Module):
             nn.init.constant_(weight, self.head_dim**-0.5)
             nn.init.zeros_(bias)
         nn.init.zeros_(self.to_gates.weight)
-        step = 1 / (STEPS_A_CHUNK * max(1, self.depth - 1))  # every layer moves the answer
         heads, depth = self.num_heads, self.depth
         fast, slow = (closing_logit(rate, FORGET_FLOOR) for rate in FORGET_START)
         # features outlive what was learned with them
         kept = [closing_logit(0.0, FORGET_FLOOR)] * (depth - 1)
         spread = [fast + (slow - fast) * i / max(1, heads - 1) for i in range(heads)]
         start = {
-            "lr": [closing_logit(step, STEP_FLOOR)] * heads * depth,
+            "lr": [closing_logit(1 / STEPS_A_CHUNK, STEP_FLOOR)] * heads * depth,
             "momentum": [math.log(MOMENTUM_START / (1 - MOMENTUM_START))] * heads * depth,
             "decay": [logit for last in spread for logit in [*kept, last]],
         }
