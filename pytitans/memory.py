@@ -22,20 +22,17 @@ from pytitans.ops import MemoryState, initial_state, neural_memory, retrieve, ro
 
 STEP_FLOOR = 0.03  # what the fourth power of a step's sigmoid must exceed to write anything
 FORGET_FLOOR = 1e-4  # likewise to forget: horizons of 10,000 tokens are within reach
-STEPS_A_CHUNK = 2.0  # what the largest steps of a chunk, in all layers, add up to
 MOMENTUM_START = 0.8  # an untrained layer's momentum
 EMPTY = 0.3  # size of M_0's answers without LayerNorm
-FORGET_START = (
-    1e-2,
-    3e-4,
-)  # what its first and last head forget at a token: horizons of 100 to 3000
+# what its first and last head forget at a token: horizons of 3 to 1000
+FORGET_START = (0.3, 1e-3)
 
 
 class LayerState(NamedTuple):
     """What outlives a call of `NeuralMemory`: the memory, and the convolution's last tokens."""
 
     memory: MemoryState
-    tail: Tensor  # [B, conv_size - 1, 3 D]
+    tail: Tensor  # [B, conv_size - 1, 3 H head_dim]
 
 
 class Closing(torch.autograd.Function):
@@ -94,8 +91,9 @@ class NeuralMemory(nn.Module):
     torch.Size([1, 40, 64])
 
     Args:
-        dim: width of input and output; a multiple of num_heads.
-        num_heads: independent memories, each from and to dim / num_heads features.
+        dim: width of input and output.
+        num_heads: independent memories.
+        head_dim: features each maps from and to; dim / num_heads if not given.
         depth: layers of each memory's MLP; 1 is a linear memory.
         expansion: its hidden width over its input width (4 as in the paper).
         chunk_size: tokens that share one gradient point; a part of the trained function.
@@ -103,6 +101,10 @@ class NeuralMemory(nn.Module):
         norm: M(x) = x + LayerNorm(MLP(x)), the camera-ready's form, instead of MLP(x).
         momentum, decay: False leaves the gate out (the paper's ablation).
         conv_size: of the convolution on q, k and v; 0 leaves it out.
+        max_step: what the largest steps of a chunk add up to, over the MLP's layers. A linear
+            memory is stable up to 2: with chunks of one token that turns what was stored around
+            (the paper's theta of 1). Gradients of deep ones exploded with 2 for each layer
+            (docs/log.md).
         objective, online: see `pytitans.ops.neural_memory`.
     """
 
@@ -111,6 +113,7 @@ class NeuralMemory(nn.Module):
         dim: int,
         num_heads: int,
         *,
+        head_dim: int | None = None,
         depth: int = 2,
         expansion: float = 4,
         chunk_size: int = 16,
@@ -119,38 +122,42 @@ class NeuralMemory(nn.Module):
         momentum: bool = True,
         decay: bool = True,
         conv_size: int = 4,
+        max_step: float = 2.0,
         objective: str = "l2",
         online: bool = False,
     ):
         super().__init__()
-        if dim % num_heads:
-            raise ValueError(f"dim={dim} is not a multiple of num_heads={num_heads}")
+        if head_dim is None and dim % num_heads:
+            raise ValueError(
+                f"dim={dim} is not a multiple of num_heads={num_heads}: give head_dim as well"
+            )
         if depth < 1:
             raise ValueError(f"depth={depth} layers is no memory: use 1 to 4")
         if chunk_size < 1:
             raise ValueError(f"chunk_size={chunk_size} is not a number of tokens: use 1 or more")
-        self.dim, self.num_heads, self.head_dim = dim, num_heads, dim // num_heads
+        if max_step <= 1:
+            raise ValueError(f"max_step={max_step} lets no chunk store a value: use 2, above 1")
+        self.num_heads, self.head_dim = num_heads, head_dim or dim // num_heads
+        self.width = num_heads * self.head_dim  # of all heads' keys, and of their values
         self.chunk_size, self.depth = chunk_size, depth
-        # gradients frozen over a chunk add up, and so does what layers move an answer by: with more
-        # than this, gradients explode on their way back through a deep memory (docs/log.md). A step
-        # of 2, of a linear memory's chunk of one token, turns what was stored around: it counts
-        self.largest_step = STEPS_A_CHUNK / (chunk_size * depth)
+        self.max_step, self.largest_step = max_step, max_step / (chunk_size * depth)
         self.options = {"activation": activation, "objective": objective, "online": online}
         # of the size of M_0's answers: however small forgetting makes them, LayerNorm then cannot
         # enlarge a step without bound, and a memory that knows nothing answers nothing
         self.norm_eps = 1 / self.head_dim
-        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
-        self.conv = ShortConv(3 * dim, conv_size) if conv_size else None
+        self.qkv = nn.Linear(dim, 3 * self.width, bias=False)
+        self.conv = ShortConv(3 * self.width, conv_size) if conv_size else None
         self.gates = ["lr", *["momentum"] * momentum, *["decay"] * decay]
-        self.to_gates = GateLogits(4 * dim, len(self.gates) * num_heads * depth)
+        seen = dim + 3 * self.width
+        self.to_gates = GateLogits(seen, len(self.gates) * num_heads * depth)
         hidden = round(expansion * self.head_dim)
         widths = [self.head_dim, *[hidden] * (depth - 1), self.head_dim]
         self.M_0 = nn.ParameterList(torch.empty(num_heads, a, b) for a, b in pairwise(widths))
         self.norm_weight = nn.Parameter(torch.empty(num_heads, self.head_dim)) if norm else None
         self.norm_bias = nn.Parameter(torch.empty(num_heads, self.head_dim)) if norm else None
         self.head_norm = RMSNorm(self.head_dim)
-        self.to_open = nn.Linear(dim, dim, bias=False)
-        self.out = nn.Linear(dim, dim, bias=False)
+        self.to_open = nn.Linear(dim, self.width, bias=False)
+        self.out = nn.Linear(self.width, dim, bias=False)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -175,7 +182,7 @@ class NeuralMemory(nn.Module):
         kept = [closing_logit(0.0, FORGET_FLOOR)] * (depth - 1)
         spread = [fast + (slow - fast) * i / max(1, heads - 1) for i in range(heads)]
         start = {
-            "lr": [closing_logit(1 / STEPS_A_CHUNK, STEP_FLOOR)] * heads * depth,
+            "lr": [closing_logit(1 / self.max_step, STEP_FLOOR)] * heads * depth,
             "momentum": [math.log(MOMENTUM_START / (1 - MOMENTUM_START))] * heads * depth,
             "decay": [logit for last in spread for logit in [*kept, last]],
         }
@@ -189,7 +196,7 @@ class NeuralMemory(nn.Module):
         wide = [W if W.dtype.itemsize >= 4 else W.float() for W in self.M_0]
         M = tuple(W.expand(batch_size, *W.shape) for W in wide)
         reach = self.conv.weight.shape[0] - 1 if self.conv is not None else 0
-        tail = self.qkv.weight.new_zeros(batch_size, reach, 3 * self.dim)
+        tail = self.qkv.weight.new_zeros(batch_size, reach, 3 * self.width)
         return LayerState(initial_state(M), tail)
 
     def forward(
@@ -229,9 +236,9 @@ class NeuralMemory(nn.Module):
     def convolve(
         self, features: Tensor, tail: Tensor | None, lengths: Tensor | None
     ) -> tuple[list[Tensor], Tensor]:
-        """Features [B, T, dim] or [B, T, 3 dim] to queries, or queries, keys and values, each
+        """Features [B, T, width] or [B, T, 3 width] to queries, or queries, keys and values, each
         [B, T, H, head_dim], queries and keys of norm 1; and the convolution's tail."""
-        parts = features.shape[-1] // self.dim
+        parts = features.shape[-1] // self.width
         if self.conv is None:
             y, end = list(F.silu(features).chunk(parts, dim=-1)), features[:, :0]
             y = [unit(part, self.head_dim) if i < 2 else part for i, part in enumerate(y)]
@@ -245,7 +252,7 @@ class NeuralMemory(nn.Module):
         self, x: Tensor, tail: Tensor | None, lengths: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """Queries alone [B, T, H, K], for reading without writing, and the convolution's tail."""
-        (q,), end = self.convolve(F.linear(x, self.qkv.weight[: self.dim]), tail, lengths)
+        (q,), end = self.convolve(F.linear(x, self.qkv.weight[: self.width]), tail, lengths)
         return q, end
 
     def read(self, q: Tensor, opened: Tensor, state: MemoryState) -> Tensor:

@@ -23,9 +23,10 @@ from pytitans.evals import load_task
 from pytitans.evals.state_tracking import GROUPS
 from pytitans.evals.training import Stage, answer_loss, task_arguments, train_on_tasks
 
+COUNTING = {"chunk_size": 1, "memory_max_step": 4}  # steps of up to 2 in each of two layers
 ALONE = {
     "lmm": {},
-    "linear_lmm": {"memory_depth": 1},
+    "linear_lmm": {"memory_depth": 1, "memory_max_step": 2},
     "chunk16_lmm": {"chunk_size": 16},
 }
 LENGTHS = ("64", "128", "256", "1K")
@@ -35,7 +36,7 @@ class States(Experiment):
     models = tuple(dict.fromkeys([*all_models(), *ALONE]))
 
     def build(self, name: str, seed: int):
-        changes = {"chunk_size": 1} | ALONE.get(name, {})
+        changes = COUNTING | ALONE.get(name, {})
         return build("lmm" if name in ALONE else name, SHAPE, seed, **changes)
 
     def train(self, name: str, folder: Path, rate: float, seed: int) -> float:

@@ -21,14 +21,17 @@ class TitansConfig(PreTrainedConfig):
         vocab_size: 258 is the byte tokenizer's: 256 bytes, then <bos>/<eos> and <pad>.
         hidden_size: width of the residual stream.
         num_hidden_layers: blocks, each followed by a feed-forward layer.
-        num_attention_heads: of attention, and of the memory: each head has a memory of its own.
+        num_attention_heads: of attention.
         intermediate_size: width of the feed-forward layers (SwiGLU).
+        memory_heads: memories, each of hidden_size / num_attention_heads features; None: as many as
+            attention's heads.
         memory_depth: layers of the memory's MLP, 1 (linear) to 4. Paper: 2.
         memory_expansion: its hidden width over its input width. Paper: 4.
         memory_activation: "silu" or "gelu" (the paper's camera-ready; slower on CPUs).
         memory_norm: M(x) = x + LayerNorm(MLP(x)) instead of MLP(x).
         memory_momentum: False leaves momentum out (the paper's ablation).
         memory_decay: False leaves forgetting out (likewise).
+        memory_max_step: what the largest steps of a chunk add up to: see `NeuralMemory`.
         conv_size: of the convolution on the memory's q, k, v; 0 leaves it out.
         chunk_size: tokens that share one gradient point of the memory; part of what is trained.
         segment_len: MAC's attention span, in tokens.
@@ -48,12 +51,14 @@ class TitansConfig(PreTrainedConfig):
     num_hidden_layers: int = 4
     num_attention_heads: int = 4
     intermediate_size: int = 512
+    memory_heads: int | None = None
     memory_depth: int = 2
     memory_expansion: int | float = 4
     memory_activation: Literal["silu", "gelu"] = "silu"
     memory_norm: bool = True
     memory_momentum: bool = True
     memory_decay: bool = True
+    memory_max_step: int | float = 2.0
     conv_size: int = 4
     chunk_size: int = 16
     segment_len: int = 128
@@ -98,6 +103,10 @@ class TitansConfig(PreTrainedConfig):
                 f"hidden_size={self.hidden_size} must be a multiple of 4 times "
                 f"num_attention_heads={self.num_attention_heads}"
             )
+        if self.memory_heads is not None and self.memory_heads < 1:
+            raise ValueError(f"memory_heads={self.memory_heads} must be 1 or more, or None")
+        if self.memory_max_step <= 1:
+            raise ValueError(f"memory_max_step={self.memory_max_step} must be above 1: use 2")
         if not self.recurrences:
             raise ValueError("recurrence=[] names no memory: give one, or one for each layer")
         if self.num_persistent < 0 or self.conv_size < 0 or self.memory_expansion <= 0:

@@ -33,7 +33,8 @@ def build_memory(config: TitansConfig, layer: int) -> Any:
         return MIXERS[name](config.hidden_size, config.num_attention_heads)
     return NeuralMemory(
         config.hidden_size,
-        config.num_attention_heads,
+        config.memory_heads or config.num_attention_heads,
+        head_dim=config.hidden_size // config.num_attention_heads,
         depth=config.memory_depth,
         expansion=config.memory_expansion,
         chunk_size=config.chunk_size,
@@ -42,6 +43,7 @@ def build_memory(config: TitansConfig, layer: int) -> Any:
         momentum=config.memory_momentum,
         decay=config.memory_decay,
         conv_size=config.conv_size,
+        max_step=config.memory_max_step,
     )
 
 
