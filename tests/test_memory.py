@@ -43,21 +43,23 @@ def test_untrained_steps_are_contractive_on_a_repeated_key(chunk_size, momentum)
     assert chunk_gates(*per_layer).writes.sum(-1).max() < 1.05
 
 
-def losses_on_a_repeated_token(memory, tokens):
+def losses_on_a_repeated_token(memory, tokens, heads=slice(None)):
     x = torch.randn(1, 1, 32, dtype=torch.float64).expand(1, tokens, 32)
     (_, k, v), _ = memory.convolve(memory.qkv(x), None, None)
     state, losses = None, []
     for piece in x.split(memory.chunk_size, dim=1):
         _, state = memory(piece, state)
         answer = retrieve(k[:, -1:], state.memory, norm=memory.norm, norm_eps=memory.norm_eps)
-        losses.append((answer - v[:, -1:]).square().sum().item())
+        losses.append((answer - v[:, -1:])[:, :, heads].square().sum().item())
     return losses
 
 
 @pytest.mark.parametrize("depth", [1, 2])
 def test_untrained_memory_learns_a_repeated_token(depth):
-    """Its loss falls, and does not rise above its start, however long the token repeats."""
-    losses = losses_on_a_repeated_token(make(depth=depth, norm=False).double(), 1024)
+    """Its loss falls, and does not rise above its start, however long the token repeats: that of
+    its last head. The first forgets a third of what it knows at each token, and relearns it."""
+    memory = make(depth=depth, norm=False).double()
+    losses = losses_on_a_repeated_token(memory, 1024, heads=slice(1, 2))
     assert losses[-1] < 0.5 * losses[0]
     assert max(losses) < 1.05 * losses[0]
 
@@ -65,7 +67,8 @@ def test_untrained_memory_learns_a_repeated_token(depth):
 @pytest.mark.parametrize("depth", [3, 4])
 def test_deeper_memories_without_norm_learn_it_in_the_end(depth):
     """Not monotonically: their features grow while they learn, and with them the step they take."""
-    losses = losses_on_a_repeated_token(make(depth=depth, norm=False).double(), 1024)
+    memory = make(depth=depth, norm=False).double()
+    losses = losses_on_a_repeated_token(memory, 1024, heads=slice(1, 2))
     assert losses[-1] < 0.5 * losses[0]
     assert max(losses) < 10
 
@@ -144,7 +147,9 @@ def test_each_layer_of_the_memory_has_gates_of_its_own():
 
 
 @pytest.mark.parametrize("cut", [1, 3, 16, 20, 39])
-@pytest.mark.parametrize("options", [{}, {"conv_size": 0}, {"decay": False, "momentum": False}])
+@pytest.mark.parametrize(
+    "options", [{}, {"conv_size": 0}, {"head_dim": 24}, {"decay": False, "momentum": False}]
+)
 def test_streaming_equals_one_call(cut, options):
     memory = make(**options).double()
     x = torch.randn(2, 40, 32, dtype=torch.float64)
@@ -180,6 +185,7 @@ def test_gates_are_float32_under_autocast():
     [
         ({"dim": 30, "heads": 4}, "dim=30"),
         ({"depth": 0}, "depth=0"),
+        ({"max_step": 1.0}, "max_step=1.0"),
         ({"chunk_size": 0}, "chunk_size=0"),
     ],
 )
