@@ -60,9 +60,8 @@ def all_models() -> tuple[str, ...]:
 def build(name: str, shape: dict[str, Any], seed: int, size: str = "mal", **changes: Any):
     """The model of that name: of `shape`, fields of TitansConfig, and of the parameters that
     `size`, a variant of Titans, has with that shape; its first weights drawn with the seed.
-    `changes` are made to a Titans model alone, which has twice the memories of the shape: keys and
-    values together as much wider than the model as the baselines', with fewer parameters left for
-    feed-forward layers (docs/log.md)."""
+    `changes` are made to a Titans model alone. LMM has twice the memories, where the others have
+    attention, and fewer parameters left for feed-forward layers (docs/log.md)."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -72,7 +71,7 @@ def build(name: str, shape: dict[str, Any], seed: int, size: str = "mal", **chan
     like = TitansConfig(variant=size, **shape)
     torch.manual_seed(seed)
     if name in TITANS:
-        wide = {"memory_heads": 2 * shape["num_attention_heads"]}
+        wide = {"memory_heads": 2 * shape["num_attention_heads"]} if name == "lmm" else {}
         config = widened(TitansConfig(variant=name, **shape | wide | changes), like)
     else:
         config = baseline_like(like, name)
