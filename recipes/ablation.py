@@ -4,10 +4,10 @@
     python recipes/ablation.py --data "books/*.txt.xz" --models base no_momentum --seeds 0
 
 Base is the memory alone (LMM) of depth 2 and chunk 16, with as many memories as the others have
-heads of attention; `wide`, with twice as many, is the LMM of `recipes/language.py`. Each other model
-is base with one thing changed (`wide_linear` with two); feed-forward layers make up for parameters
-that this takes or gives. All have the learning rate that is best for base of the sweep. Tables:
-bits per byte by position in the test books. How runs are kept: `recipes/experiment.py`.
+heads of attention; `wide`, with twice as many, is the LMM of `recipes/language.py`. Each other
+model is base with one thing changed (`wide_linear` with two); feed-forward layers make up for
+parameters that this takes or gives. All have the learning rate that is best for base of the sweep.
+Tables: bits per byte by position in the test books. How runs are kept: `recipes/experiment.py`.
 """
 
 from experiment import SHAPE, build, run

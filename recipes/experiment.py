@@ -37,6 +37,7 @@ DONE = "done.json"
 
 
 TITANS = ("mal", "mag", "mac", "lmm")
+LINEAR = tuple(f"linear_{name}" for name in TITANS)  # with memories of one layer
 WHOLE = ("llama",)  # keeps the whole text: too much beyond MOST tokens
 MOST = 16384
 SHAPE = {
@@ -60,7 +61,7 @@ def all_models() -> tuple[str, ...]:
 def build(name: str, shape: dict[str, Any], seed: int, size: str = "mal", **changes: Any):
     """The model of that name: of `shape`, fields of TitansConfig, and of the parameters that
     `size`, a variant of Titans, has with that shape; its first weights drawn with the seed.
-    `changes` are made to a Titans model alone. LMM has twice the memories, where the others have
+    `changes` are made to a Titans model alone; linear_NAME is one with linear memories. LMM has twice the memories, where the others have
     attention, and fewer parameters left for feed-forward layers (docs/log.md)."""
     import torch
     from transformers import AutoModelForCausalLM
@@ -70,9 +71,13 @@ def build(name: str, shape: dict[str, Any], seed: int, size: str = "mal", **chan
 
     like = TitansConfig(variant=size, **shape)
     torch.manual_seed(seed)
-    if name in TITANS:
-        wide = {"memory_heads": 2 * shape["num_attention_heads"]} if name == "lmm" else {}
-        config = widened(TitansConfig(variant=name, **shape | wide | changes), like)
+    if name in (*TITANS, *LINEAR):
+        variant, own = name.removeprefix("linear_"), {}
+        if variant == "lmm":
+            own["memory_heads"] = 2 * shape["num_attention_heads"]
+        if name in LINEAR:
+            own["memory_depth"] = 1
+        config = widened(TitansConfig(variant=variant, **shape | own | changes), like)
     else:
         config = baseline_like(like, name)
     return AutoModelForCausalLM.from_config(config)

@@ -16,28 +16,25 @@ memory of one layer, `chunk16_lmm` the chunks that it has elsewhere. How runs ar
 import argparse
 from pathlib import Path
 
-from experiment import SHAPE, Experiment, all_models, build, run
+from experiment import LINEAR, SHAPE, Experiment, all_models, build, run
 
 from pytitans.data.tokenizer import byte_tokenizer
 from pytitans.evals import load_task
 from pytitans.evals.state_tracking import GROUPS
 from pytitans.evals.training import Stage, answer_loss, task_arguments, train_on_tasks
 
-COUNTING = {"chunk_size": 1, "memory_max_step": 4}  # steps of up to 2 in each of two layers
-ALONE = {
-    "lmm": {},
-    "linear_lmm": {"memory_depth": 1, "memory_max_step": 2},
-    "chunk16_lmm": {"chunk_size": 16},
-}
+CHUNK16 = "chunk16_lmm"
 LENGTHS = ("64", "128", "256", "1K")
 
 
 class States(Experiment):
-    models = tuple(dict.fromkeys([*all_models(), *ALONE]))
+    models = (*all_models(), *LINEAR, CHUNK16)
 
     def build(self, name: str, seed: int):
-        changes = COUNTING | ALONE.get(name, {})
-        return build("lmm" if name in ALONE else name, SHAPE, seed, **changes)
+        if name == CHUNK16:
+            return build("lmm", SHAPE, seed)
+        # steps of up to 2 in each layer of the memory
+        return build(name, SHAPE, seed, chunk_size=1, memory_max_step=2 if name in LINEAR else 4)
 
     def train(self, name: str, folder: Path, rate: float, seed: int) -> float:
         task = load_task(self.args.task, byte_tokenizer())
