@@ -61,8 +61,10 @@ def all_models() -> tuple[str, ...]:
 def build(name: str, shape: dict[str, Any], seed: int, size: str = "mal", **changes: Any):
     """The model of that name: of `shape`, fields of TitansConfig, and of the parameters that
     `size`, a variant of Titans, has with that shape; its first weights drawn with the seed.
-    `changes` are made to a Titans model alone; linear_NAME is one with linear memories. LMM has twice the memories, where the others have
-    attention, and fewer parameters left for feed-forward layers (docs/log.md)."""
+    `changes` are made to a Titans model alone.
+
+    linear_NAME is a Titans model with linear memories. LMM has twice the memories, where the others
+    have attention, and fewer parameters left for feed-forward layers (docs/log.md)."""
     import torch
     from transformers import AutoModelForCausalLM
 
