@@ -137,7 +137,8 @@ class NeuralMemory(nn.Module):
             raise ValueError(f"chunk_size={chunk_size} is not a number of tokens: use 1 or more")
         if max_step <= 1:
             raise ValueError(f"max_step={max_step} lets no chunk store a value: use 2, above 1")
-        self.num_heads, self.head_dim = num_heads, head_dim or dim // num_heads
+        self.num_heads = num_heads
+        self.head_dim = dim // num_heads if head_dim is None else head_dim
         self.width = num_heads * self.head_dim  # of all heads' keys, and of their values
         self.chunk_size, self.depth = chunk_size, depth
         self.max_step, self.largest_step = max_step, max_step / (chunk_size * depth)
