@@ -63,8 +63,7 @@ def build(name: str, shape: dict[str, Any], seed: int, size: str = "mal", **chan
     `size`, a variant of Titans, has with that shape; its first weights drawn with the seed.
     `changes` are made to a Titans model alone.
 
-    linear_NAME is a Titans model with linear memories. LMM has twice the memories, where the others
-    have attention, and fewer parameters left for feed-forward layers (docs/log.md)."""
+    linear_NAME is a Titans model with linear memories."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -74,11 +73,8 @@ def build(name: str, shape: dict[str, Any], seed: int, size: str = "mal", **chan
     like = TitansConfig(variant=size, **shape)
     torch.manual_seed(seed)
     if name in (*TITANS, *LINEAR):
-        variant, own = name.removeprefix("linear_"), {}
-        if variant == "lmm":
-            own["memory_heads"] = 2 * shape["num_attention_heads"]
-        if name in LINEAR:
-            own["memory_depth"] = 1
+        own = {"memory_depth": 1} if name in LINEAR else {}
+        variant = name.removeprefix("linear_")
         config = widened(TitansConfig(variant=variant, **shape | own | changes), like)
     else:
         config = baseline_like(like, name)
