@@ -154,7 +154,7 @@ class MAC(Block):
         memory = self.memory.initial_state(x.shape[0])
         heads, size = self.attention.num_heads, self.attention.head_dim
         none = KeysValues(*[x.new_zeros(x.shape[0], heads, 0, size)] * 2)
-        tail = memory.tail[..., : self.memory.width]
+        tail = memory.tail[..., : x.shape[-1]]
         return MACState(memory, memory.memory.M, tail, none, none, 0)
 
     def forward(self, x: Tensor, state: MACState | None = None, lengths: Tensor | None = None):

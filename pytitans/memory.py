@@ -32,7 +32,7 @@ class LayerState(NamedTuple):
     """What outlives a call of `NeuralMemory`: the memory, and the convolution's last tokens."""
 
     memory: MemoryState
-    tail: Tensor  # [B, conv_size - 1, 3 H head_dim]
+    tail: Tensor  # [B, conv_size - 1, 3 D]
 
 
 class Closing(torch.autograd.Function):
@@ -91,9 +91,8 @@ class NeuralMemory(nn.Module):
     torch.Size([1, 40, 64])
 
     Args:
-        dim: width of input and output.
-        num_heads: independent memories.
-        head_dim: features each maps from and to; dim / num_heads if not given.
+        dim: width of input and output; a multiple of num_heads.
+        num_heads: independent memories, each from and to dim / num_heads features.
         depth: layers of each memory's MLP; 1 is a linear memory.
         expansion: its hidden width over its input width (4 as in the paper).
         chunk_size: tokens that share one gradient point; a part of the trained function.
@@ -113,7 +112,6 @@ class NeuralMemory(nn.Module):
         dim: int,
         num_heads: int,
         *,
-        head_dim: int | None = None,
         depth: int = 2,
         expansion: float = 4,
         chunk_size: int = 16,
@@ -127,38 +125,33 @@ class NeuralMemory(nn.Module):
         online: bool = False,
     ):
         super().__init__()
-        if head_dim is None and dim % num_heads:
-            raise ValueError(
-                f"dim={dim} is not a multiple of num_heads={num_heads}: give head_dim as well"
-            )
+        if dim % num_heads:
+            raise ValueError(f"dim={dim} is not a multiple of num_heads={num_heads}")
         if depth < 1:
             raise ValueError(f"depth={depth} layers is no memory: use 1 to 4")
         if chunk_size < 1:
             raise ValueError(f"chunk_size={chunk_size} is not a number of tokens: use 1 or more")
         if max_step <= 1:
             raise ValueError(f"max_step={max_step} lets no chunk store a value: use 2, above 1")
-        self.num_heads = num_heads
-        self.head_dim = dim // num_heads if head_dim is None else head_dim
-        self.width = num_heads * self.head_dim  # of all heads' keys, and of their values
+        self.dim, self.num_heads, self.head_dim = dim, num_heads, dim // num_heads
         self.chunk_size, self.depth = chunk_size, depth
         self.max_step, self.largest_step = max_step, max_step / (chunk_size * depth)
         self.options = {"activation": activation, "objective": objective, "online": online}
         # of the size of M_0's answers: however small forgetting makes them, LayerNorm then cannot
         # enlarge a step without bound, and a memory that knows nothing answers nothing
         self.norm_eps = 1 / self.head_dim
-        self.qkv = nn.Linear(dim, 3 * self.width, bias=False)
-        self.conv = ShortConv(3 * self.width, conv_size) if conv_size else None
+        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
+        self.conv = ShortConv(3 * dim, conv_size) if conv_size else None
         self.gates = ["lr", *["momentum"] * momentum, *["decay"] * decay]
-        seen = dim + 3 * self.width
-        self.to_gates = GateLogits(seen, len(self.gates) * num_heads * depth)
+        self.to_gates = GateLogits(4 * dim, len(self.gates) * num_heads * depth)
         hidden = round(expansion * self.head_dim)
         widths = [self.head_dim, *[hidden] * (depth - 1), self.head_dim]
         self.M_0 = nn.ParameterList(torch.empty(num_heads, a, b) for a, b in pairwise(widths))
         self.norm_weight = nn.Parameter(torch.empty(num_heads, self.head_dim)) if norm else None
         self.norm_bias = nn.Parameter(torch.empty(num_heads, self.head_dim)) if norm else None
         self.head_norm = RMSNorm(self.head_dim)
-        self.to_open = nn.Linear(dim, self.width, bias=False)
-        self.out = nn.Linear(self.width, dim, bias=False)
+        self.to_open = nn.Linear(dim, dim, bias=False)
+        self.out = nn.Linear(dim, dim, bias=False)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -197,7 +190,7 @@ class NeuralMemory(nn.Module):
         wide = [W if W.dtype.itemsize >= 4 else W.float() for W in self.M_0]
         M = tuple(W.expand(batch_size, *W.shape) for W in wide)
         reach = self.conv.weight.shape[0] - 1 if self.conv is not None else 0
-        tail = self.qkv.weight.new_zeros(batch_size, reach, 3 * self.width)
+        tail = self.qkv.weight.new_zeros(batch_size, reach, 3 * self.dim)
         return LayerState(initial_state(M), tail)
 
     def forward(
@@ -237,9 +230,9 @@ class NeuralMemory(nn.Module):
     def convolve(
         self, features: Tensor, tail: Tensor | None, lengths: Tensor | None
     ) -> tuple[list[Tensor], Tensor]:
-        """Features [B, T, width] or [B, T, 3 width] to queries, or queries, keys and values, each
+        """Features [B, T, dim] or [B, T, 3 dim] to queries, or queries, keys and values, each
         [B, T, H, head_dim], queries and keys of norm 1; and the convolution's tail."""
-        parts = features.shape[-1] // self.width
+        parts = features.shape[-1] // self.dim
         if self.conv is None:
             y, end = list(F.silu(features).chunk(parts, dim=-1)), features[:, :0]
             y = [unit(part, self.head_dim) if i < 2 else part for i, part in enumerate(y)]
@@ -253,7 +246,7 @@ class NeuralMemory(nn.Module):
         self, x: Tensor, tail: Tensor | None, lengths: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """Queries alone [B, T, H, K], for reading without writing, and the convolution's tail."""
-        (q,), end = self.convolve(F.linear(x, self.qkv.weight[: self.width]), tail, lengths)
+        (q,), end = self.convolve(F.linear(x, self.qkv.weight[: self.dim]), tail, lengths)
         return q, end
 
     def read(self, q: Tensor, opened: Tensor, state: MemoryState) -> Tensor:

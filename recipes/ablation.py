@@ -1,13 +1,12 @@
-"""The paper's ablation (table 5), memory depth, width and chunk, on bytes of books.
+"""The paper's ablation (table 5), memory depth 1 to 4 and chunk 8 to 256, on bytes of books.
 
     python recipes/ablation.py --data "books/*.txt.xz"
     python recipes/ablation.py --data "books/*.txt.xz" --models base no_momentum --seeds 0
 
-Base is the memory alone (LMM) of depth 2 and chunk 16, with as many memories as the others have
-heads of attention; `wide`, with twice as many, is the LMM of `recipes/language.py`. Each other
-model is base with one thing changed (`wide_linear` with two); feed-forward layers make up for
-parameters that this takes or gives. All have the learning rate that is best for base of the sweep.
-Tables: bits per byte by position in the test books. How runs are kept: `recipes/experiment.py`.
+Base is the LMM of `recipes/language.py`, of depth 2 and chunk 16. Each other model is base with one
+thing changed; feed-forward layers make up for parameters that this takes or gives. All have the
+learning rate that is best for base of the sweep. Tables: bits per byte by position in the test
+books. How runs are kept: `recipes/experiment.py`.
 """
 
 from experiment import SHAPE, build, run
@@ -16,8 +15,6 @@ from language import Language, add_arguments
 ABLATIONS = {
     "base": {},
     "linear_memory": {"memory_depth": 1},
-    "wide": {"memory_heads": 8},
-    "wide_linear": {"memory_heads": 8, "memory_depth": 1},
     "no_convolution": {"conv_size": 0},
     "no_momentum": {"memory_momentum": False},
     "no_weight_decay": {"memory_decay": False},
@@ -37,8 +34,7 @@ class Ablation(Language):
     models = tuple(ABLATIONS)
 
     def build(self, name: str, seed: int):
-        changes = {"memory_heads": SHAPE["num_attention_heads"]} | ABLATIONS[name]
-        return build("lmm", SHAPE, seed, **changes)
+        return build("lmm", SHAPE, seed, **ABLATIONS[name])
 
     def swept(self, name: str) -> str:
         return "base"

@@ -58,19 +58,17 @@ def all_models() -> tuple[str, ...]:
     return (*TITANS, *BASELINES)
 
 
-def build(name: str, shape: dict[str, Any], seed: int, size: str = "mal", **changes: Any):
-    """The model of that name: of `shape`, fields of TitansConfig, and of the parameters that
-    `size`, a variant of Titans, has with that shape; its first weights drawn with the seed.
-    `changes` are made to a Titans model alone.
-
-    linear_NAME is a Titans model with linear memories."""
+def build(name: str, shape: dict[str, Any], seed: int, **changes: Any):
+    """The model of that name: of `shape`, fields of TitansConfig, and of the parameters that MAL
+    has with that shape; its first weights drawn with the seed. `changes` are made to a Titans model
+    alone. linear_NAME is a Titans model with linear memories."""
     import torch
     from transformers import AutoModelForCausalLM
 
     from pytitans import TitansConfig
     from pytitans.baseline import baseline_like, widened
 
-    like = TitansConfig(variant=size, **shape)
+    like = TitansConfig(variant="mal", **shape)
     torch.manual_seed(seed)
     if name in (*TITANS, *LINEAR):
         own = {"memory_depth": 1} if name in LINEAR else {}

@@ -167,7 +167,7 @@ def test_flops_of_a_linear_memory_by_hand():
         (lambda: baseline_like(tiny_config("mac"), "rwkv"), "'rwkv' is unknown: choose one of"),
         (
             lambda: baseline_like(
-                tiny_config("lmm", intermediate_size=1, memory_depth=1, memory_heads=1), "mamba2"
+                tiny_config("lmm", intermediate_size=1, memory_depth=1), "mamba2"
             ),
             "more parameters .* intermediate_size=1, by",
         ),

@@ -163,7 +163,6 @@ def test_baseline_has_equal_parameters(variant):
     [
         (["--variant", "mamba"], "--model.variant: expected .*'lmm', 'transformer'.*, got mamba"),
         (["--model.chunk_size", "0"], "chunk_size=0 must be 1 or more"),
-        (["--model.memory_heads", "0"], "memory_heads=0 must be 1 or more, or None"),
         (["--model.memory_max_step", "1"], "memory_max_step=1.* must be above 1"),
         (["--model.hidden_size", "18"], "hidden_size=18 must be a multiple"),
         (["--model.hidden_size", "x"], "--model.hidden_size: expected int, got x"),

@@ -147,9 +147,7 @@ def test_each_layer_of_the_memory_has_gates_of_its_own():
 
 
 @pytest.mark.parametrize("cut", [1, 3, 16, 20, 39])
-@pytest.mark.parametrize(
-    "options", [{}, {"conv_size": 0}, {"head_dim": 24}, {"decay": False, "momentum": False}]
-)
+@pytest.mark.parametrize("options", [{}, {"conv_size": 0}, {"decay": False, "momentum": False}])
 def test_streaming_equals_one_call(cut, options):
     memory = make(**options).double()
     x = torch.randn(2, 40, 32, dtype=torch.float64)

@@ -14,7 +14,6 @@ def tiny_config(variant: str, **changes) -> TitansConfig:
         "num_attention_heads": 2,
         "num_hidden_layers": 2,
         "intermediate_size": 24,
-        "memory_heads": 3,  # width of the memory is not that of the model
         "memory_expansion": 2,
         "chunk_size": 4,
         "segment_len": 8,

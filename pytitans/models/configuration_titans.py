@@ -21,10 +21,8 @@ class TitansConfig(PreTrainedConfig):
         vocab_size: 258 is the byte tokenizer's: 256 bytes, then <bos>/<eos> and <pad>.
         hidden_size: width of the residual stream.
         num_hidden_layers: blocks, each followed by a feed-forward layer.
-        num_attention_heads: of attention.
+        num_attention_heads: of attention, and of the memory: each head has a memory of its own.
         intermediate_size: width of the feed-forward layers (SwiGLU).
-        memory_heads: memories, each of hidden_size / num_attention_heads features; None: as many as
-            attention's heads.
         memory_depth: layers of the memory's MLP, 1 (linear) to 4. Paper: 2.
         memory_expansion: its hidden width over its input width. Paper: 4.
         memory_activation: "silu" or "gelu" (the paper's camera-ready; slower on CPUs).
@@ -51,7 +49,6 @@ class TitansConfig(PreTrainedConfig):
     num_hidden_layers: int = 4
     num_attention_heads: int = 4
     intermediate_size: int = 512
-    memory_heads: int | None = None
     memory_depth: int = 2
     memory_expansion: int | float = 4
     memory_activation: Literal["silu", "gelu"] = "silu"
@@ -103,8 +100,6 @@ class TitansConfig(PreTrainedConfig):
                 f"hidden_size={self.hidden_size} must be a multiple of 4 times "
                 f"num_attention_heads={self.num_attention_heads}"
             )
-        if self.memory_heads is not None and self.memory_heads < 1:
-            raise ValueError(f"memory_heads={self.memory_heads} must be 1 or more, or None")
         if self.memory_max_step <= 1:
             raise ValueError(f"memory_max_step={self.memory_max_step} must be above 1: use 2")
         if not self.recurrences:

@@ -33,8 +33,7 @@ def build_memory(config: TitansConfig, layer: int) -> Any:
         return MIXERS[name](config.hidden_size, config.num_attention_heads)
     return NeuralMemory(
         config.hidden_size,
-        config.memory_heads or config.num_attention_heads,
-        head_dim=config.hidden_size // config.num_attention_heads,
+        config.num_attention_heads,
         depth=config.memory_depth,
         expansion=config.memory_expansion,
         chunk_size=config.chunk_size,

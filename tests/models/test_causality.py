@@ -52,7 +52,7 @@ def test_mac_writes_a_token_and_not_only_what_attention_makes_of_it(ids):
     model = tiny_model("mac", num_hidden_layers=1)
     block = model.model.layers[0].block
     with torch.no_grad():
-        block.attention.qkv.weight[2 * model.config.hidden_size :] = 0  # values
+        block.attention.qkv.weight[2 * block.memory.dim :] = 0  # values
     memories = [
         model(text, use_cache=True).past_key_values.states[0].memory.memory.M
         for text in (ids, (ids + 1) % 16)
