@@ -374,7 +374,7 @@ def catch_up(model: TitansForCausalLM, told: Told) -> None:
         told.cache = TitansCache(model.config.num_hidden_layers)
     for count in range(len(told.history), told.done):
         ids = torch.tensor([TOKENIZER(told.part(count)).input_ids])
-        model(input_ids=ids, past_key_values=told.cache)
+        model(input_ids=ids, cache=told.cache)
         told.history.append(count)
 
 
@@ -384,7 +384,7 @@ def expected(model: TitansForCausalLM, told: Told) -> str:
     cache, ids = told.cache.fork(), TOKENIZER("?").input_ids
     written: list[int] = []
     while len(written) < ANSWER:
-        logits = model(input_ids=torch.tensor([ids]), past_key_values=cache).logits
+        logits = model(input_ids=torch.tensor([ids]), cache=cache).logits
         ids = [int(logits[0, -1].argmax())]
         written += ids
         if ids == [TOKENIZER.eos_token_id]:

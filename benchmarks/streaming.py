@@ -42,6 +42,7 @@ from transformers import DynamicCache
 
 from pytitans.cache import TitansCache
 from pytitans.data.tokenizer import byte_tokenizer
+from pytitans.evals.streaming import Stream
 from pytitans.models import TitansForCausalLM
 from pytitans.read import BLOCK, Block, Reading, resident_mb
 
@@ -148,8 +149,8 @@ def differences(args) -> str:
 def in_pieces(model, ids: Tensor, sizes: list[int]) -> tuple[Tensor, TitansCache]:
     cache, logits = None, []
     for piece in ids.split(sizes, dim=1):
-        out = model(input_ids=piece, past_key_values=cache, use_cache=True)
-        cache = out.past_key_values
+        out = model(input_ids=piece, cache=cache, use_cache=True)
+        cache = out.cache
         logits.append(out.logits)
     return torch.cat(logits, dim=1), cache
 
@@ -206,40 +207,27 @@ def read_alone(args) -> dict:
 # Decoding
 
 
-class Decoder:
-    """A model with a context behind it, which goes on one token at a time."""
-
-    def __init__(self, model, cache, tokens: int):
-        self.model, self.cache, self.tokens = model, cache, tokens
-        self.token = torch.zeros(1, 1, dtype=torch.long, device=model.device)
-
-    @torch.no_grad()
-    def step(self) -> None:
-        for _ in range(self.tokens):
-            out = self.model(input_ids=self.token, past_key_values=self.cache, use_cache=True)
-            self.token = out.logits.argmax(-1)
-
-    def cache_mb(self) -> float:
-        if isinstance(self.cache, TitansCache):
-            return self.cache.nbytes / 2**20
-        held = [x for layer in self.cache.layers for x in (layer.keys, layer.values)]
-        return sum(x.numel() * x.itemsize for x in held) / 2**20
+def decoder(args, model, cache):
+    """The model with this cache behind it, which goes on one token at a time."""
+    stream = Stream(model)
+    stream.cache = cache
+    return training.Decoder(stream, args.decode)
 
 
 @torch.no_grad()
-def titans_decoders(args) -> dict[int, Decoder]:
+def titans_decoders(args) -> dict:
     """One for each context, of one model that reads up to the longest."""
     model = training.titans(args, args.chunk[0]).to(getattr(torch, args.dtype)).eval()
     text = torch.from_numpy(library(max(args.contexts)).astype(np.int64))[None].to(args.device)
     cache, found, begin = TitansCache(args.layers), {}, 0
     for length in sorted(args.contexts):
         for piece in text[:, begin:length].split(BLOCK, dim=1):
-            model.model(input_ids=piece, past_key_values=cache)
-        found[length], begin = Decoder(model, cache.fork(), args.decode), length
+            model.model(input_ids=piece, cache=cache)
+        found[length], begin = decoder(args, model, cache.fork()), length
     return found
 
 
-def llama_decoders(args) -> dict[int, Decoder]:
+def llama_decoders(args) -> dict:
     dtype = getattr(torch, args.dtype)
     model, found = training.llama(args).to(dtype).eval(), {}
     for length in args.llama:
@@ -248,7 +236,7 @@ def llama_decoders(args) -> dict[int, Decoder]:
             shape = (1, args.heads, length, args.width // args.heads)
             keys, values = torch.randn(2, *shape, dtype=dtype, device=args.device)
             cache.update(keys, values, layer)
-        found[length] = Decoder(model, cache, args.decode)
+        found[length] = decoder(args, model, cache)
     return found
 
 
@@ -257,13 +245,13 @@ def decode(args) -> list[dict]:
     decoders |= {("llama", n): d for n, d in llama_decoders(args).items()}
     times = training.take_turns(args, {key: d.step for key, d in decoders.items()})
     rows = []
-    for (name, length), decoder in sorted(decoders.items(), key=lambda item: item[0][1]):
+    for (name, length), d in sorted(decoders.items(), key=lambda item: item[0][1]):
         spent = times[name, length]
         rows.append({
-            "context": length, "model": name, "parameters": training.count(decoder.model),
+            "context": length, "model": name, "parameters": training.count(d.stream.model),
             "tokens_per_s": args.decode / statistics.median(spent),
             "spread": [args.decode / max(spent), args.decode / min(spent)],
-            "cache_mb": decoder.cache_mb(),
+            "cache_mb": d.cache_mb(),
         })  # fmt: skip
     return rows
 

@@ -47,10 +47,11 @@ import transformers
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig, LlamaForCausalLM, Mamba2Config, Mamba2ForCausalLM
 from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
 
+from pytitans.cache import TitansCache
+from pytitans.evals.streaming import Stream
 from pytitans.models import TitansConfig, TitansForCausalLM
 from pytitans.ops import chunk_fused, neural_memory
 
@@ -145,8 +146,8 @@ def logits_and_gradients(model, ids: Tensor) -> list[Tensor]:
 def in_pieces(model, ids: Tensor, cuts: list[int]) -> Tensor:
     cache, logits = None, []
     for begin, end in pairwise(cuts):
-        out = model(input_ids=ids[:, begin:end], past_key_values=cache, use_cache=True)
-        cache = out.past_key_values
+        out = model(input_ids=ids[:, begin:end], cache=cache, use_cache=True)
+        cache = out.cache
         logits.append(out.logits)
     return torch.cat(logits, dim=1)
 
@@ -287,28 +288,30 @@ def suit_chunks(model: Mamba2ForCausalLM, length: int) -> None:
 
 
 class Decoder:
-    """A model that has read a text, and goes on one token at a time."""
+    """A model with a text behind it, which goes on one token at a time."""
 
-    @torch.no_grad()
-    def __init__(self, args, model: nn.Module, length: int):
-        self.model, self.tokens = model.to(getattr(torch, args.dtype)).eval(), args.decode
-        ids = torch.randint(256, (1, length), device=args.device)
-        out = self.model(input_ids=ids, use_cache=True, logits_to_keep=1)
-        self.cache, self.token = out.past_key_values, out.logits.argmax(-1)
+    def __init__(self, stream: Stream, tokens: int):
+        self.stream, self.tokens = stream, tokens
+        self.token = torch.zeros(1, 1, dtype=torch.long, device=stream.model.device)
 
     @torch.no_grad()
     def step(self) -> None:
         for _ in range(self.tokens):
-            out = self.model(input_ids=self.token, past_key_values=self.cache, use_cache=True)
-            self.token = out.logits.argmax(-1)
+            self.token = self.stream.read(self.token).argmax(-1)
 
     def cache_mb(self) -> float:
-        if isinstance(self.model, TitansForCausalLM):
-            held = tree_leaves(self.cache.states)
-        else:
-            held = [x for layer in self.cache.layers for x in (layer.keys, layer.values)]
-        storages = {x.untyped_storage().data_ptr(): x for x in held if isinstance(x, Tensor)}
-        return sum(x.untyped_storage().nbytes() for x in storages.values()) / 2**20
+        cache = self.stream.cache
+        if isinstance(cache, TitansCache):
+            return cache.nbytes / 2**20
+        held = [x for layer in cache.layers for x in (layer.keys, layer.values)]
+        return sum(x.numel() * x.itemsize for x in held) / 2**20
+
+
+@torch.no_grad()
+def decoder(args, model, length: int) -> Decoder:
+    stream = Stream(model.to(getattr(torch, args.dtype)).eval())
+    stream.skip(torch.randint(256, (1, length), device=args.device))
+    return Decoder(stream, args.decode)
 
 
 def benchmark(args) -> dict:
@@ -344,10 +347,10 @@ def train_rows(args, makers, length: int) -> list[dict]:
 
 
 def decode_rows(args, makers, length: int) -> list[dict]:
-    decoders = {name: Decoder(args, make(), length) for name, make in makers.items()}
+    decoders = {name: decoder(args, make(), length) for name, make in makers.items()}
     times = take_turns(args, {name: d.step for name, d in decoders.items()})
     return [
-        row("decode", length, name, count(d.model), args.decode, times[name], d.cache_mb())
+        row("decode", length, name, count(d.stream.model), d.tokens, times[name], d.cache_mb())
         for name, d in decoders.items()
     ]
 

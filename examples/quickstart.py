@@ -34,8 +34,8 @@ with torch.no_grad():
     whole = model(text[:, :5000]).logits
     cache, pieces = None, []
     for piece in text[:, :5000].split(700, dim=1):  # any sizes: the cache has constant size
-        out = model(piece, past_key_values=cache, use_cache=True)
-        cache = out.past_key_values
+        out = model(piece, cache=cache, use_cache=True)
+        cache = out.cache
         pieces.append(out.logits)
     print(f"stream against one call: {(torch.cat(pieces, 1) - whole).abs().max():.1e}")
 

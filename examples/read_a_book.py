@@ -68,7 +68,7 @@ def last_page(book: str, tokenizer) -> torch.Tensor:
 @torch.no_grad()
 def bits_per_byte(model: TitansForCausalLM, tokenizer, ids, memory: TitansCache | None) -> float:
     """What the model, with or without a memory, needs for these ids."""
-    loss = model(input_ids=ids, labels=ids, past_key_values=memory).loss
+    loss = model(input_ids=ids, labels=ids, cache=memory).loss
     size = len(tokenizer.decode(ids[0, 1:]).encode())
     return loss.item() * (ids.shape[1] - 1) / math.log(2) / size
 
@@ -79,7 +79,7 @@ def ask(model: TitansForCausalLM, tokenizer, memory: str, question: str) -> None
     print(question, end="")
     model.generate(
         torch.tensor([ids]),
-        past_key_values=start,
+        cache=start,
         max_new_tokens=80,
         do_sample=False,
         streamer=TextStreamer(tokenizer, skip_prompt=True),

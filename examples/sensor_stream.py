@@ -50,9 +50,9 @@ class Listener(nn.Module):
     def forward(self, samples: Tensor, cache: TitansCache | None = None):
         patches = samples.unflatten(1, (-1, PATCH)).flatten(2)
         out = self.model(
-            inputs_embeds=self.embed(patches), past_key_values=cache, use_cache=not self.training
+            inputs_embeds=self.embed(patches), cache=cache, use_cache=not self.training
         )
-        return self.head(out.last_hidden_state), out.past_key_values
+        return self.head(out.last_hidden_state), out.cache
 
 
 def recordings(count: int, patches: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:

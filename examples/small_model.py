@@ -41,13 +41,13 @@ def train() -> TitansForCausalLM:
     cache = None
     for step, (ids, first) in enumerate(pieces(random.Random(0))):
         cache = None if first or cache is None else cache.detach()
-        out = model(input_ids=ids, labels=ids, past_key_values=cache, use_cache=True)
+        out = model(input_ids=ids, labels=ids, cache=cache, use_cache=True)
         out.loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
-        cache = out.past_key_values
+        cache = out.cache
         if step % 50 == 49:
             print(f"step {step + 1}: {out.loss.item() / 0.6931:.2f} bits per byte")
     return model

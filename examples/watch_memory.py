@@ -72,8 +72,8 @@ def watch(model: TitansForCausalLM, ids: torch.Tensor, layer: int) -> dict[str, 
     memory.write, cache = watched, None
     try:
         for piece in ids.split(memory.chunk_size):
-            out = model(input_ids=piece[None], past_key_values=cache, use_cache=True)
-            cache = out.past_key_values
+            out = model(input_ids=piece[None], cache=cache, use_cache=True)
+            cache = out.cache
     finally:
         del memory.write  # the method is seen again
     return {name: torch.cat(values) for name, values in curves.items()}

@@ -71,7 +71,7 @@ class TitansCache(Cache):
     """The states of a model's blocks after the tokens read so far.
 
     >>> out = model(ids, use_cache=True)
-    >>> model(more_ids, past_key_values=out.past_key_values)  # reads on
+    >>> model(more_ids, cache=out.cache)  # reads on
 
     Feeding a text in pieces through one cache equals feeding it whole. As a file it outlives the
     process:
@@ -108,7 +108,7 @@ class TitansCache(Cache):
         """A fork from which a new sequence starts: `generate` takes all its input_ids to be new,
         where otherwise it takes them to begin with what the cache has read.
 
-        >>> model.generate(question_ids, past_key_values=cache.as_start())
+        >>> model.generate(question_ids, cache=cache.as_start())
         """
         start = self.fork()
         start.before = self.tokens

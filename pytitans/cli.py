@@ -274,7 +274,7 @@ def generate_command(argv: list[str]) -> int:
         from pytitans.read import resumed_memory
 
         memory, ids = resumed_memory(options.memory, model, tokenizer, prompt)
-        start["past_key_values"] = memory
+        start["cache"] = memory
         print(prompt, end="", flush=True)
     ids = torch.tensor([ids or [tokenizer.eos_token_id]])
     sampling = {"temperature": options.temperature, "top_p": options.top_p}

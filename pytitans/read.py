@@ -72,7 +72,7 @@ class Reading:
         hidden = None
         if len(ids) > 1:
             now = ids[None, :-1].to(model.device)
-            out = model.base_model(input_ids=now, past_key_values=self.cache, use_cache=True)
+            out = model.base_model(input_ids=now, cache=self.cache, use_cache=True)
             hidden = out.last_hidden_state[0]
         self.next_token = int(ids[-1])
         self.tokens += len(block.ids)

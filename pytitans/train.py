@@ -274,7 +274,7 @@ class TextTrainer(Trainer):
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         if carries:
             left: Any = outputs
-            self.carried = left.past_key_values.detach()
+            self.carried = left.cache.detach()
         loss = self.priced(model, loss, self.price)
         return (loss, outputs) if return_outputs else loss
 
@@ -290,7 +290,7 @@ class TextTrainer(Trainer):
                 self.carried = TitansCache.load(path, model, fingerprint=KeepCarried.__name__)
             self.resumed = None
         cache = None if fresh.any() else self.carried
-        inputs |= {"past_key_values": cache, "use_cache": True}
+        inputs |= {"cache": cache, "use_cache": True}
         return True
 
     def priced(self, model, loss: Tensor, price: float | Tensor) -> Tensor:

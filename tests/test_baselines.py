@@ -122,7 +122,7 @@ def test_padded_rows_are_as_if_alone_and_go_on(ours, ids):
     for row, n in enumerate(lengths):
         padded[row, 37 - n :] = ids[row, :n]
     out = ours(padded, attention_mask=mask, use_cache=True)
-    after, _ = stream(ours, more, [2, 4], out.past_key_values)
+    after, _ = stream(ours, more, [2, 4], out.cache)
     for row, n in enumerate(lengths):
         whole = ours(torch.cat([ids[row : row + 1, :n], more[row : row + 1]], dim=1)).logits[0]
         torch.testing.assert_close(out.logits[row, 37 - n :], whole[:n])

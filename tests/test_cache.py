@@ -26,7 +26,7 @@ def saved(variant, ids, tmp_path):
     """A model, what it has read, and the file of it."""
     model = tiny_model(variant).float()
     with torch.no_grad():
-        cache = model(ids[:, :21], use_cache=True).past_key_values
+        cache = model(ids[:, :21], use_cache=True).cache
     cache.save(tmp_path / "m.safetensors", model, metadata={"title": "Emma", "pages": [1, 2]})
     return model, cache, tmp_path / "m.safetensors"
 
@@ -45,22 +45,22 @@ def test_state_does_not_grow(model):
 
 
 def test_bytes_are_those_of_the_tensors(model, ids):
-    fork = model(ids, use_cache=True).past_key_values.fork()
+    fork = model(ids, use_cache=True).cache.fork()
     assert fork.nbytes == sum(x.numel() * x.itemsize for x in tensors_of(fork.states))
     assert TitansCache(2).nbytes == TitansCache(2).batch_size == TitansCache(2).tokens == 0
     assert fork.batch_size == 3
 
 
 def test_a_fork_leaves_the_original(model, ids):
-    cache = model(ids[:, :11], use_cache=True).past_key_values
+    cache = model(ids[:, :11], use_cache=True).cache
     fork = cache.fork()
-    model(ids[:, 11:20], past_key_values=fork)
+    model(ids[:, 11:20], cache=fork)
     got, _ = stream(model, ids[:, 11:], [26], cache)
     torch.testing.assert_close(got, model(ids).logits[:, 11:])
 
 
 def test_rows_are_chosen_repeated_and_reordered(model, ids):
-    cache = model(ids[:, :11], use_cache=True).past_key_values
+    cache = model(ids[:, :11], use_cache=True).cache
     want = model(ids).logits[:, 11:]
     for change, rows in (
         (lambda c: c.reorder_cache(torch.tensor([2, 0, 1])), [2, 0, 1]),
@@ -78,7 +78,7 @@ def test_rows_are_chosen_repeated_and_reordered(model, ids):
 
 
 def test_detach_and_move(model, ids):
-    cache = model(ids, use_cache=True).past_key_values
+    cache = model(ids, use_cache=True).cache
     assert any(x.requires_grad for x in tensors_of(cache.states))
     assert not any(x.requires_grad for x in tensors_of(cache.detach().states))
     assert {x.device.type for x in tensors_of(cache.to("meta").states)} == {"meta"}
@@ -86,7 +86,7 @@ def test_detach_and_move(model, ids):
 
 
 def test_cache_refuses_what_a_memory_cannot_do(model, ids):
-    cache = model(ids, use_cache=True).past_key_values
+    cache = model(ids, use_cache=True).cache
     with pytest.raises(ValueError, match="cannot be unread"):
         cache.crop(3)
     with pytest.raises(ValueError, match="cache_implementation='static'"):
@@ -107,11 +107,11 @@ def test_saved_and_loaded_goes_on_as_if_never_saved(variant, dtype, tmp_path):
         kept = loaded = None
         for piece in ids.split(cuts, dim=1):
             with torch.no_grad():
-                out = model(piece, past_key_values=kept, use_cache=True)
-                again = model(piece, past_key_values=loaded, use_cache=True)
+                out = model(piece, cache=kept, use_cache=True)
+                again = model(piece, cache=loaded, use_cache=True)
             assert torch.equal(out.logits, again.logits)
-            kept = out.past_key_values
-            again.past_key_values.save(path, model)
+            kept = out.cache
+            again.cache.save(path, model)
             loaded = TitansCache.load(path, model)
             assert equal(loaded, kept)
 
@@ -122,7 +122,7 @@ def test_exact_at_a_size_where_kernels_block(variant, tmp_path):
     model = TitansForCausalLM(TitansConfig(variant=variant, num_hidden_layers=1)).eval()
     ids = torch.randint(256, (2, 480))
     with torch.no_grad():
-        cache = model(ids[:, :333], use_cache=True).past_key_values
+        cache = model(ids[:, :333], use_cache=True).cache
         cache.save(tmp_path / "m", model)
         loaded = TitansCache.load(tmp_path / "m", model)
         got, want = (stream(model, ids[:, 333:], [1, 146], c)[0] for c in (loaded, cache))
@@ -132,7 +132,7 @@ def test_exact_at_a_size_where_kernels_block(variant, tmp_path):
 def test_rows_at_different_places(variant, ids, tmp_path):
     model = tiny_model(variant)
     mask = torch.stack([(torch.arange(37) >= 37 - n).long() for n in (37, 20, 9)])
-    cache = model(ids, attention_mask=mask, use_cache=True).past_key_values
+    cache = model(ids, attention_mask=mask, use_cache=True).cache
     cache.save(tmp_path / "m", model)
     loaded = TitansCache.load(tmp_path / "m", model)
     assert equal(loaded, cache)
@@ -247,7 +247,7 @@ fingerprint, caches = model_fingerprint(model), {{}}
 for length in (5, 40):
     with torch.no_grad():
         out = model(torch.arange(length)[None] % 16, use_cache=True)
-    caches[length] = out.past_key_values
+    caches[length] = out.cache
 caches[5].save(path, model, fingerprint=fingerprint)
 for _ in range(60):
     child = os.fork()

@@ -66,7 +66,7 @@ class Seen:
             before = len(self.steps)
             loss = compute(trainer, model, inputs, *args, **options)
             if training:
-                cache = inputs.get("past_key_values")
+                cache = inputs.get("cache")
                 read = cache.tokens - ids.shape[1] if cache is not None else 0
                 self.steps.append((ids, read, loss.item()))
             assert len(self.steps) <= before + 1
@@ -97,8 +97,8 @@ def test_no_history_is_kept(data, tmp_path, monkeypatch):
 
     def spy(trainer, inputs):
         carries = read_on(trainer, inputs)
-        if carries and inputs["past_key_values"] is not None:
-            state = inputs["past_key_values"].states[0].memory.M[0]
+        if carries and inputs["cache"] is not None:
+            state = inputs["cache"].states[0].memory.M[0]
             found.append(state.requires_grad)
         return carries
 

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import warnings
 from threading import Thread
 
 import pytest
@@ -70,18 +71,18 @@ def test_left_padded_batch_generates_what_each_row_would(model, ids, way):
 def test_from_a_memory_as_from_the_whole_text(model, ids, way):
     """The text is not given again, and the memory serves every beam and stays what it was."""
     with torch.no_grad():
-        memory = model(ids[:, :23], use_cache=True).past_key_values
+        memory = model(ids[:, :23], use_cache=True).cache
     want = generate(model, ids, **WAYS[way])[:, 37:]
     for _ in range(2):
-        got = generate(model, ids[:, 23:], past_key_values=memory.as_start(), **WAYS[way])
+        got = generate(model, ids[:, 23:], cache=memory.as_start(), **WAYS[way])
         assert torch.equal(got[:, 14:], want)
 
 
 def test_one_memory_answers_a_batch_of_questions(model, ids):
     with torch.no_grad():
-        memory = model(ids[:1, :23], use_cache=True).past_key_values
+        memory = model(ids[:1, :23], use_cache=True).cache
     questions = ids[:, 23:30]
-    got = generate(model, questions, past_key_values=memory.as_start(), **GREEDY)
+    got = generate(model, questions, cache=memory.as_start(), **GREEDY)
     for row in range(3):
         whole = torch.cat([ids[:1, :23], questions[row : row + 1]], dim=1)
         assert torch.equal(got[row, 7:], generate(model, whole, **GREEDY)[0, 30:])
@@ -89,10 +90,10 @@ def test_one_memory_answers_a_batch_of_questions(model, ids):
 
 def test_padded_questions_to_a_memory(model, ids):
     with torch.no_grad():
-        memory = model(ids[:1, :23], use_cache=True).past_key_values
+        memory = model(ids[:1, :23], use_cache=True).cache
     padded, mask = ids[:2, 20:30].clone(), torch.ones(2, 10, dtype=torch.long)
     padded[1, :6], mask[1, :6] = 0, 0
-    options = {**GREEDY, "pad_token_id": 0, "past_key_values": memory.as_start()}
+    options = {**GREEDY, "pad_token_id": 0, "cache": memory.as_start()}
     got = generate(model, padded, attention_mask=mask, **options)
     whole = torch.cat([ids[:1, :23], ids[1:2, 26:30]], dim=1)
     assert torch.equal(got[1, 10:], generate(model, whole, **GREEDY)[0, 27:])
@@ -101,17 +102,34 @@ def test_padded_questions_to_a_memory(model, ids):
 def test_a_conversation_gives_the_whole_text_with_the_cache(model, ids):
     """transformers' own way: all ids so far beside the cache, of which the new ones are read."""
     with torch.no_grad():
-        cache = model(ids[:, :23], use_cache=True).past_key_values
-    got = generate(model, ids, past_key_values=cache, **GREEDY)
+        cache = model(ids[:, :23], use_cache=True).cache
+    got = generate(model, ids, cache=cache, **GREEDY)
     assert torch.equal(got, generate(model, ids, **GREEDY))
     assert cache.get_seq_length() == got.shape[1] - 1
 
 
+def test_a_cache_has_an_older_name(model, ids):
+    """As transformers before 5.24 called it, and much code goes on to."""
+    with torch.no_grad():
+        out = model(ids[:, :23], use_cache=True)
+        assert out.past_key_values is out.cache
+        memory = out.cache
+        want = model(ids[:, 23:], cache=memory.fork()).logits
+        assert torch.equal(model(ids[:, 23:], past_key_values=memory.fork()).logits, want)
+        with pytest.raises(ValueError, match="two names"):
+            model(ids, cache=memory, past_key_values=memory)
+    want = generate(model, ids[:, 23:], cache=memory.as_start(), **GREEDY)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # transformers says that the name is old
+        got = generate(model, ids[:, 23:], past_key_values=memory.as_start(), **GREEDY)
+    assert torch.equal(got, want)
+
+
 def test_new_ids_beside_a_cache_are_not_taken_for_old_ones(model, ids):
     with torch.no_grad():
-        cache = model(ids[:, :23], use_cache=True).past_key_values
+        cache = model(ids[:, :23], use_cache=True).cache
     with pytest.raises(ValueError, match=r"has read 23 tokens.*as_start\(\)"):
-        model.generate(ids[:, 23:], past_key_values=cache, **GREEDY)
+        model.generate(ids[:, 23:], cache=cache, **GREEDY)
 
 
 CONTINUE = """
@@ -121,7 +139,7 @@ import pytitans
 for variant in {variants!r}:
     model = AutoModelForCausalLM.from_pretrained(variant, dtype=torch.float64)
     cache = pytitans.TitansCache.load(variant + ".safetensors", model).as_start()
-    new = model.generate(torch.tensor({ids!r}), past_key_values=cache, **{options!r})
+    new = model.generate(torch.tensor({ids!r}), cache=cache, **{options!r})
     print(new[:, 14:].flatten().tolist())
 """
 
@@ -132,7 +150,7 @@ def test_a_saved_memory_goes_on_in_a_new_process(ids, tmp_path):
         model = tiny_model(variant)
         model.save_pretrained(tmp_path / variant)
         with torch.no_grad():
-            memory = model(ids[:, :23], use_cache=True).past_key_values
+            memory = model(ids[:, :23], use_cache=True).cache
         memory.save(tmp_path / f"{variant}.safetensors", model)
         want.append(str(generate(model, ids, **GREEDY)[:, 37:].flatten().tolist()))
     script = CONTINUE.format(variants=VARIANTS, ids=ids[:, 23:].tolist(), options=GREEDY)

@@ -90,7 +90,7 @@ def test_positions_that_merely_run_pack_nothing(model, ids):
     want = model(ids)
     got = model(ids, position_ids=torch.arange(37)[None])
     torch.testing.assert_close(got.logits, want.logits, rtol=0, atol=0)
-    assert got.past_key_values is not None
+    assert got.cache is not None
     mask = (torch.arange(37) >= 5).long().expand(3, 37)
     positions = (mask.cumsum(-1) - 1).masked_fill(mask == 0, 0)  # as generate makes them
     got = model(ids, attention_mask=mask, position_ids=positions)
@@ -129,9 +129,9 @@ def test_packing_that_makes_no_sense_is_refused(ids):
     resets = torch.arange(37)[None] % 10
     with pytest.raises(ValueError, match="12 packed documents do not go on from a cache"):
         model(ids, position_ids=resets, use_cache=True)
-    cache = model(ids, use_cache=True).past_key_values
-    with pytest.raises(ValueError, match="past_key_values"):
-        model(ids, position_ids=resets, past_key_values=cache)
+    cache = model(ids, use_cache=True).cache
+    with pytest.raises(ValueError, match="no cache"):
+        model(ids, position_ids=resets, cache=cache)
     with pytest.raises(ValueError, match=r"position_ids \(1, 36\)"):
         model(ids, position_ids=resets[:, 1:])
     for bounds in ([0, 36], [1, 37], [0, 20, 10, 37]):

@@ -21,9 +21,9 @@ def test_padding_changes_nothing(model, ids, side):
     for row, n in enumerate(lengths):
         alone = model(ids[row : row + 1, :n], use_cache=True)
         torch.testing.assert_close(out.logits[row, mask[row].bool()], alone.logits[0])
-        end = out.past_key_values.fork()
+        end = out.cache.fork()
         end.batch_select_indices(torch.tensor([row]))
-        for got, want in zip(end.states, alone.past_key_values.states, strict=True):
+        for got, want in zip(end.states, alone.cache.states, strict=True):
             assert_memory_is(got, want)
 
 
@@ -39,10 +39,10 @@ def assert_memory_is(got, want) -> None:
 
 def test_a_row_of_padding_alone_changes_nothing(model, ids):
     """As when one of several streams has nothing new."""
-    cache = model(ids[:, :10], use_cache=True).past_key_values
+    cache = model(ids[:, :10], use_cache=True).cache
     mask = torch.ones(3, 9, dtype=torch.long)
     mask[1] = 0
-    model(ids[:, 10:19], attention_mask=mask, past_key_values=cache)
+    model(ids[:, 10:19], attention_mask=mask, cache=cache)
     got, _ = stream(model, ids[:, 19:], [18], cache)
     whole = torch.cat([ids[1:2, :10], ids[1:2, 19:]], dim=1)
     torch.testing.assert_close(got[1], model(whole).logits[0, 10:])
@@ -69,7 +69,7 @@ def test_rows_of_different_length_go_on(model, ids, cuts):
     padded = torch.zeros_like(ids)
     for row, n in enumerate(lengths):
         padded[row, 37 - n :] = ids[row, :n]
-    cache = model(padded, attention_mask=mask, use_cache=True).past_key_values
+    cache = model(padded, attention_mask=mask, use_cache=True).cache
     got, _ = stream(model, more, cuts, cache)
     for row, n in enumerate(lengths):
         whole = torch.cat([ids[row : row + 1, :n], more[row : row + 1]], dim=1)

@@ -63,7 +63,7 @@ def test_a_file_is_read_as_one_call_would(folder, model, capsys):
     with torch.no_grad():
         whole = model(ids[:, :-1], use_cache=True)
     got = TitansCache.load("a.st", model)
-    for one, other in zip(got.states, whole.past_key_values.states, strict=True):
+    for one, other in zip(got.states, whole.cache.states, strict=True):
         torch.testing.assert_close(one.memory.memory, other.memory.memory)
     loss = torch.nn.functional.cross_entropy(whole.logits[0], ids[0, 1:], reduction="sum")
     said = float(capsys.readouterr().out.split(" bits per byte")[0].split()[-1])

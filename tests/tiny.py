@@ -47,7 +47,7 @@ def stream(model, ids, cuts, cache=None):
     """Logits of the ids fed in pieces of these sizes, and the cache after them."""
     outs, begin = [], 0
     for n in cuts:
-        out = model(ids[:, begin : begin + n], past_key_values=cache, use_cache=True)
-        cache, begin = out.past_key_values, begin + n
+        out = model(ids[:, begin : begin + n], cache=cache, use_cache=True)
+        cache, begin = out.cache, begin + n
         outs.append(out.logits)
     return torch.cat(outs, dim=1), cache

@@ -20,6 +20,7 @@ from pytitans.evals.task import Example
 
 PIECE = 4096  # tokens that are read at once, of all rows together
 LOGITS = 2**22  # that are held at once
+CACHE_NAMES = "cache", "past_key_values", "cache_params"  # the last two before transformers 5.24
 
 
 class Stream:
@@ -33,10 +34,11 @@ class Stream:
     def __init__(self, model: PreTrainedModel):
         self.model = model
         names = inspect.signature(model.forward).parameters
-        self.cache_name = "past_key_values" if "past_key_values" in names else "cache_params"
         self.can_choose = "logits_to_keep" in names
-        if self.cache_name not in names:
+        found = [name for name in CACHE_NAMES if name in names]
+        if not found:
             raise ValueError(f"{type(model).__name__} has no cache to stream with")
+        self.cache_name = found[0]
         self.cache = None
 
     def read(self, ids: Tensor, keep: Tensor | None = None) -> Tensor:

@@ -81,7 +81,7 @@ class Run:
         """What follows the rows [T, V], at these dates; the rows follow those that the cache, a
         Titans model's, has read, and it reads on."""
         self.model.eval()
-        options = {} if cache is None else {"past_key_values": cache}
+        options = {} if cache is None else {"cache": cache}
         past = torch.as_tensor(self.scaler.apply(rows), dtype=torch.float32)
         out = self.model(past_values=past[None].to(self.model.device), **options)
         point = self.scaler.undo(out.prediction_outputs[0].cpu().double().numpy())

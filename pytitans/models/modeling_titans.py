@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.models.auto.modeling_auto import AutoModel, AutoModelForCausalLM
 
 from pytitans.attention import SegmentAttention, WindowAttention
@@ -22,6 +21,7 @@ from pytitans.layers import RMSNorm, ShortConv, SwiGLU
 from pytitans.memory import NeuralMemory
 from pytitans.mixers import MIXERS, Mixer
 from pytitans.models.configuration_titans import TitansConfig
+from pytitans.models.outputs import CACHE, TitansCausalLMOutput, TitansOutput, one_cache
 from pytitans.models.packing import find_documents, run_packed
 
 
@@ -121,43 +121,45 @@ class TitansModel(TitansPreTrainedModel):
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
-        past_key_values: TitansCache | None = None,
+        cache: TitansCache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         position_ids: Tensor | None = None,
         cu_seq_lens_q: Tensor | None = None,
+        past_key_values: TitansCache | None = None,
         **kwargs,
-    ) -> BaseModelOutputWithPast:
+    ) -> TitansOutput:
         """input_ids [B, T] or inputs_embeds [B, T, hidden_size]; attention_mask [B, T], or
         [B, read + T] with a cache, 0 where a token does not exist. Positions matter only where
-        they restart: packed documents leave no state, so they neither take nor give a cache."""
+        they restart: packed documents leave no state, so they neither take nor give a cache.
+        past_key_values: the cache, by its older name."""
+        cache = one_cache(cache, past_key_values)
         x = self.embed(input_ids, inputs_embeds)
         order, lengths = self.real_tokens_first(attention_mask, x)
         documents = find_documents(position_ids, cu_seq_lens_q, attention_mask, x.shape[:2])
         if documents is not None:
-            if use_cache or past_key_values is not None:
+            if use_cache or cache is not None:
                 raise ValueError(
                     f"{len(documents.lengths)} packed documents do not go on from a cache, nor "
-                    "leave one: give no past_key_values, and use_cache=False"
+                    "leave one: give no cache, and use_cache=False"
                 )
             fresh = [None] * len(self.layers)
             hidden = run_packed(lambda x, n: self.run(x, fresh, n)[0], x, documents)
             return self.output(hidden, None, output_hidden_states)
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
-        cache = past_key_values
+        kept = use_cache or cache is not None
         if cache is None:
             cache = TitansCache(len(self.layers))
         x = x if order is None else take(x, order)
         hidden, states = self.run(x, cache.states, lengths)
-        if use_cache or past_key_values is not None:
+        if kept:
             cache.advance(states, x.shape[1])
         if order is not None:
             back = order.argsort(dim=1)
             hidden = [take(h, back) for h in hidden]
-        kept = cache if use_cache or past_key_values is not None else None
-        return self.output(hidden, kept, output_hidden_states)
+        return self.output(hidden, cache if kept else None, output_hidden_states)
 
     def run(self, x: Tensor, states: list, lengths: Tensor | None) -> tuple[list[Tensor], list]:
         """x and what each layer makes of it, the last one normalised; and the states after."""
@@ -169,10 +171,10 @@ class TitansModel(TitansPreTrainedModel):
         hidden[-1] = self.norm(x)
         return hidden, ends
 
-    def output(self, hidden, cache, output_hidden_states) -> BaseModelOutputWithPast:
-        return BaseModelOutputWithPast(
+    def output(self, hidden, cache, output_hidden_states) -> TitansOutput:
+        return TitansOutput(
             last_hidden_state=hidden[-1],
-            past_key_values=cache,
+            cache=cache,
             hidden_states=tuple(hidden) if output_hidden_states else None,
         )
 
@@ -249,7 +251,7 @@ class TitansForCausalLM(TitansPreTrainedModel, GenerationMixin):
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
-        past_key_values: TitansCache | None = None,
+        cache: TitansCache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
@@ -257,8 +259,9 @@ class TitansForCausalLM(TitansPreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         position_ids: Tensor | None = None,
         cu_seq_lens_q: Tensor | None = None,
+        past_key_values: TitansCache | None = None,
         **kwargs,
-    ) -> CausalLMOutputWithPast:
+    ) -> TitansCausalLMOutput:
         """As `TitansModel.forward`. labels [B, T]: the tokens themselves, -100 where no loss is
         taken, as at the first token of each packed document (DataCollatorWithFlattening sees to
         it: the token before is another document's); logits_to_keep: only the last so many (0: all).
@@ -266,7 +269,7 @@ class TitansForCausalLM(TitansPreTrainedModel, GenerationMixin):
         out = self.model(
             input_ids,
             attention_mask,
-            past_key_values,
+            one_cache(cache, past_key_values),
             inputs_embeds,
             use_cache=use_cache,
             output_hidden_states=output_hidden_states,
@@ -275,19 +278,14 @@ class TitansForCausalLM(TitansPreTrainedModel, GenerationMixin):
         )
         if labels is not None and self.training and self.many_logits(labels):
             loss = self.loss_without_logits(out.last_hidden_state, labels, **kwargs)
-            return CausalLMOutputWithPast(
-                loss=loss, past_key_values=out.past_key_values, hidden_states=out.hidden_states
-            )
+            return TitansCausalLMOutput(loss=loss, cache=out.cache, hidden_states=out.hidden_states)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(out.last_hidden_state[:, kept])
         loss = None
         if labels is not None:
             loss = self.loss_function(logits, labels, self.vocab_size, **kwargs)
-        return CausalLMOutputWithPast(
-            loss=loss,
-            logits=logits,
-            past_key_values=out.past_key_values,
-            hidden_states=out.hidden_states,
+        return TitansCausalLMOutput(
+            loss=loss, logits=logits, cache=out.cache, hidden_states=out.hidden_states
         )
 
     def prepare_inputs_for_generation(  # type: ignore - by name, what the parent takes by place
@@ -296,10 +294,10 @@ class TitansForCausalLM(TitansPreTrainedModel, GenerationMixin):
         """As transformers does. `generate` takes input_ids to begin with what the cache has read;
         where they are shorter than that it would drop some of them."""
         if next_sequence_length is not None and next_sequence_length < 1:
-            seen = kwargs["past_key_values"].get_seq_length()
+            seen = kwargs[CACHE].get_seq_length()
             raise ValueError(
                 f"the cache has read {seen:,} tokens, and input_ids hold no more than these: if "
-                "they are new, generate with past_key_values=cache.as_start()"
+                "they are new, generate with cache=cache.as_start()"
             )
         prepare = super().prepare_inputs_for_generation  # type: ignore - its protocol of self
         return prepare(input_ids, next_sequence_length=next_sequence_length, **kwargs)
@@ -327,13 +325,15 @@ class TitansForCausalLM(TitansPreTrainedModel, GenerationMixin):
     ) -> None:
         """As transformers does, with our cache for its dynamic one. A cache that is given serves
         several prompts, beams or returned sequences; one of another batch size is left as it is."""
-        given = model_kwargs.get("past_key_values")
+        if "cache" in model_kwargs:
+            model_kwargs[CACHE] = model_kwargs.pop("cache")
+        given = model_kwargs.get(CACHE)
         if given is not None or generation_config.use_cache is False:
             prepare = super()._prepare_cache_for_generation  # type: ignore - its protocol of self
             prepare(generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)
             if isinstance(given, TitansCache):
                 ways = generation_config.num_beams or 1, generation_config.num_return_sequences or 1
-                model_kwargs["past_key_values"] = given.for_rows(batch_size * max(ways))
+                model_kwargs[CACHE] = given.for_rows(batch_size * max(ways))
             return
         kind = generation_config.cache_implementation
         if kind not in (None, "dynamic"):
@@ -341,7 +341,7 @@ class TitansForCausalLM(TitansPreTrainedModel, GenerationMixin):
                 f"cache_implementation={kind!r} does not hold a memory: leave it out, "
                 "a TitansCache has constant size already"
             )
-        model_kwargs["past_key_values"] = TitansCache(self.config.num_hidden_layers)
+        model_kwargs[CACHE] = TitansCache(self.config.num_hidden_layers)
 
 
 AutoModel.register(TitansConfig, TitansModel, exist_ok=True)

@@ -27,13 +27,14 @@ from transformers.utils.generic import ModelOutput
 from pytitans.cache import TitansCache
 from pytitans.models.configuration_titans_forecasting import TitansForecastingConfig
 from pytitans.models.modeling_titans import TitansModel, TitansPreTrainedModel
+from pytitans.models.outputs import OlderName, one_cache
 
 EPS = 1e-5  # of RevIN: a look-back that does not move is not blown up
 POINT_LOSS = {"mse": F.mse_loss, "mae": F.l1_loss, "huber": F.huber_loss}
 
 
 @dataclass
-class TitansForecastingOutput(ModelOutput):
+class TitansForecastingOutput(OlderName, ModelOutput):
     """As of Hugging Face's PatchTSTForPrediction, and quantiles and the stream's state.
 
     loss: where there are future values. prediction_outputs [B, horizon, V]: the point forecast.
@@ -43,7 +44,7 @@ class TitansForecastingOutput(ModelOutput):
     loss: Tensor | None = None
     prediction_outputs: Tensor | None = None
     quantile_outputs: Tensor | None = None
-    past_key_values: TitansCache | None = None
+    cache: TitansCache | None = None
     hidden_states: tuple[Tensor, ...] | None = None
     loc: Tensor | None = None
     scale: Tensor | None = None
@@ -98,7 +99,7 @@ class TitansForForecasting(TitansPreTrainedModel):
     >>> model = TitansForForecasting(TitansForecastingConfig(num_input_channels=7))
     >>> model(past_values=past, future_values=future).loss  # [B, 96, 7] each
     >>> out = model(past_values=past, use_cache=True)  # and on, as rows arrive:
-    >>> out = model(past_values=rows, past_key_values=out.past_key_values)
+    >>> out = model(past_values=rows, cache=out.cache)
     """
 
     config: TitansForecastingConfig  # type: ignore - of the parent's, a narrower one
@@ -130,22 +131,23 @@ class TitansForForecasting(TitansPreTrainedModel):
         past_values: Tensor,
         past_observed_mask: Tensor | None = None,
         future_values: Tensor | None = None,
-        past_key_values: TitansCache | None = None,
+        cache: TitansCache | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
+        past_key_values: TitansCache | None = None,
         **kwargs,
     ) -> TitansForecastingOutput:
         """past_values [B, T, V], T of context_length or more, rows before the look-back being read
         by the memory; with a cache any T: the rows since the last call. past_observed_mask
         [B, T, V]: 0 where a value is missing. future_values [B, horizon, V]: for the loss."""
+        cache = one_cache(cache, past_key_values)
         B, _, V = past_values.shape
-        rows, states = self.take_in(past_values, past_observed_mask, past_key_values)
+        rows, states = self.take_in(past_values, past_observed_mask, cache)
         rows, states = self.read_history(rows, states)
         begin = rows.values.shape[1] - self.config.context_length
         point, quantiles, hidden, loc, scale = self.forecast(
             rows.part(slice(begin, None)), states, V
         )
-        cache = past_key_values
         if use_cache or cache is not None or (use_cache is None and self.config.use_cache):
             cache = TitansCache(len(states) + 1) if cache is None else cache
             cache.advance([*states, tuple(rows)], past_values.shape[1])
@@ -154,7 +156,7 @@ class TitansForForecasting(TitansPreTrainedModel):
             loss=loss,
             prediction_outputs=point,
             quantile_outputs=quantiles,
-            past_key_values=cache,
+            cache=cache,
             hidden_states=tuple(hidden) if output_hidden_states else None,
             loc=loc.view(B, V, 1).mT,
             scale=scale.view(B, V, 1).mT,

@@ -71,7 +71,7 @@ class Reader:
 
     def read(self, ids: Sequence[int]) -> None:
         ids_BT = torch.tensor([ids], device=self.model.device)
-        out = self.model(input_ids=ids_BT, past_key_values=self.cache, logits_to_keep=1)
+        out = self.model(input_ids=ids_BT, cache=self.cache, logits_to_keep=1)
         self.logits = out.logits[0, -1]
 
     def read_in_steps(self, ids: Sequence[int]) -> Iterator[Read]:

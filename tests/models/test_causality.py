@@ -54,7 +54,7 @@ def test_mac_writes_a_token_and_not_only_what_attention_makes_of_it(ids):
     with torch.no_grad():
         block.attention.qkv.weight[2 * block.memory.dim :] = 0  # values
     memories = [
-        model(text, use_cache=True).past_key_values.states[0].memory.memory.M
+        model(text, use_cache=True).cache.states[0].memory.memory.M
         for text in (ids, (ids + 1) % 16)
     ]
     for a, b in zip(*memories, strict=True):

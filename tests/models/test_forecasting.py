@@ -47,9 +47,9 @@ def test_streaming_equals_one_call(variant, cuts):
     with torch.no_grad():
         whole, cache = model(past_values=past, past_observed_mask=seen), None
         for piece, mask in zip(past.split(cuts, 1), seen.split(cuts, 1), strict=True):
-            out = model(past_values=piece, past_observed_mask=mask, past_key_values=cache,
+            out = model(past_values=piece, past_observed_mask=mask, cache=cache,
                 use_cache=True)  # fmt: skip
-            cache = out.past_key_values
+            cache = out.cache
     torch.testing.assert_close(out.prediction_outputs, whole.prediction_outputs)
     torch.testing.assert_close(out.quantile_outputs, whole.quantile_outputs)
     assert cache.tokens == sum(cuts)
@@ -69,12 +69,12 @@ def test_the_memory_reads_what_the_look_back_has_left(variant):
 
 def test_a_cache_of_one_call_can_be_forked_and_saved(tmp_path):
     model, past = build("mal"), rows(90)
-    cache = model(past_values=past[:, :50], use_cache=True).past_key_values
+    cache = model(past_values=past[:, :50], use_cache=True).cache
     cache.save(tmp_path / "power.safetensors", model)
     fork, loaded = cache.fork(), TitansCache.load(tmp_path / "power.safetensors", model)
     want = forecast(model, past)
     for each in (cache, fork, loaded):
-        torch.testing.assert_close(forecast(model, past[:, 50:], past_key_values=each), want)
+        torch.testing.assert_close(forecast(model, past[:, 50:], cache=each), want)
     other = build("mal", chunk_size=2)
     with pytest.raises(ValueError, match="another model"):
         TitansCache.load(tmp_path / "power.safetensors", other)
@@ -175,9 +175,9 @@ def test_wrong_inputs(past, options, message):
 
 def test_a_cache_serves_its_own_batch():
     model = build()
-    cache = model(past_values=rows(30), use_cache=True).past_key_values
+    cache = model(past_values=rows(30), use_cache=True).cache
     with pytest.raises(ValueError, match="a cache of 2 series does not serve a batch of 3"):
-        model(past_values=rows(3, batch=3), past_key_values=cache)
+        model(past_values=rows(3, batch=3), cache=cache)
 
 
 @pytest.mark.parametrize(

@@ -84,7 +84,7 @@ def test_bf16_model_keeps_its_state_in_float32(variant, ids):
     model = tiny_model(variant).to(torch.bfloat16)
     out = model(ids, use_cache=True)
     assert out.logits.isfinite().all()
-    state = out.past_key_values.states[0]
+    state = out.cache.states[0]
     memory = state.memory.memory if hasattr(state.memory, "memory") else state.memory
     assert {x.dtype for x in (*memory.M, *memory.S, *memory.anchor)} == {torch.float32}
 
@@ -96,8 +96,8 @@ def test_finite_on_64K_random_tokens_untrained(variant):
     cache = None
     with torch.no_grad():
         for _ in range(8):
-            out = model(torch.randint(16, (1, 8192)), past_key_values=cache, use_cache=True)
-            cache = out.past_key_values
+            out = model(torch.randint(16, (1, 8192)), cache=cache, use_cache=True)
+            cache = out.cache
             assert out.logits.isfinite().all()
             assert out.logits.abs().max() < 100
 

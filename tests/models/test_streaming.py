@@ -43,7 +43,7 @@ def test_gradients_flow_through_the_state(model, ids):
     x = model.get_input_embeddings()(ids).detach().requires_grad_()
     whole = model(inputs_embeds=x).logits[:, -1].square().sum()
     first = model(inputs_embeds=x[:, :21], use_cache=True)
-    rest = model(inputs_embeds=x[:, 21:], past_key_values=first.past_key_values)
+    rest = model(inputs_embeds=x[:, 21:], cache=first.cache)
     want, got = (torch.autograd.grad(y, x)[0] for y in (whole, rest.logits[:, -1].square().sum()))
     torch.testing.assert_close(got, want)
 

@@ -143,7 +143,7 @@ def test_snapshots_keep_a_state(server, direct, model, tokenizer):
     assert ask(http, loaded, "It") == direct(BOOK + "It")
     assert [s["id"] for s in http.get("/v1/snapshots").json()["data"]] == ["book-1"]
     cache = TitansCache.load(server.store.disk.folder / "local/snapshots/book-1.safetensors", model)
-    out = model(torch.tensor([tokenizer("It").input_ids]), past_key_values=cache)
+    out = model(torch.tensor([tokenizer("It").input_ids]), cache=cache)
     assert tokenizer.decode(out.logits[0, -1].argmax()) == direct(BOOK + "It")[0]
     assert http.delete("/v1/snapshots/book-1").json() == {"id": "book-1", "deleted": True}
     assert http.post("/v1/sessions", json={"snapshot": "book-1"}).status_code == 404
@@ -152,7 +152,7 @@ def test_snapshots_keep_a_state(server, direct, model, tokenizer):
 def test_what_titans_read_has_saved_can_be_loaded(serve, direct, model, tokenizer, tmp_path):
     """It leaves the last token to be read by whoever goes on."""
     ids = tokenizer(BOOK).input_ids
-    cache = model(torch.tensor([ids[:-1]]), use_cache=True).past_key_values
+    cache = model(torch.tensor([ids[:-1]]), use_cache=True).cache
     path = tmp_path / "sessions/local/snapshots/book.safetensors"
     path.parent.mkdir(parents=True)
     cache.save(path, model, metadata={"reading": {"next_token": ids[-1]}})
