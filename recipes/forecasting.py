@@ -28,14 +28,16 @@ from experiment import Experiment, run_experiment
 
 HORIZONS = (96, 192, 336, 720)
 MODELS = (
-    "lmm@96", "lmm@336", "mac@336", "mag@336", "mal@336",
-    "dlinear@96", "dlinear@336", "rlinear@336", "itransformer@96", "patchtst@336",
-    "seasonal_naive@96",
+    "lmm@96", "lmm@336", "lmm@720", "mac@336", "mag@336", "mal@336",
+    "dlinear@96", "dlinear@336", "dlinear@720", "rlinear@336", "rlinear@720",
+    "itransformer@96", "patchtst@336", "seasonal_naive@96",
 )  # fmt: skip
 UNEVEN = ("weather",)  # a date that repeats and a gap, which the community's loaders do not see
 LARGE = 20_000  # rows from which on a series counts as large
+LONG = 720  # rows from which on a look-back counts as long
 
 HUBER = {"loss": "huber"}  # better on validation rows than MSE, for Titans and DLinear alike
+MAE = {"loss": "mae"}  # and this, where the look-back is long
 SHAPE: dict[str, Any] = HUBER | {
     "num_attention_heads": 2, "num_hidden_layers": 1, "patch_length": 16, "patch_stride": 16,
     "chunk_size": 16,
@@ -44,10 +46,19 @@ TITANS: dict[str, dict[str, Any]] = {  # found on validation rows of ETT
     "small": SHAPE | {"hidden_size": 32, "intermediate_size": 64, "dropout": 0.3},
     "small, from 192": SHAPE | {"hidden_size": 32, "intermediate_size": 64, "dropout": 0.9},
     "large": SHAPE | {"hidden_size": 64, "intermediate_size": 64, "dropout": 0.2},
+    "large, long": SHAPE
+    | MAE
+    | {
+        "hidden_size": 64,
+        "intermediate_size": 64,
+        "dropout": 0.5,
+        "patch_length": 48,
+        "patch_stride": 48,
+    },
 }
 FIELDS: dict[str, dict[str, Any]] = {  # what a baseline's authors take, but for the loss
-    "dlinear": {"small": HUBER, "large": HUBER},
-    "rlinear": {"small": HUBER, "large": HUBER},
+    "dlinear": {"small": HUBER, "large": HUBER, "large, long": MAE},
+    "rlinear": {"small": HUBER, "large": HUBER, "large, long": MAE},
     "itransformer": {"small": HUBER | {"d_model": 256, "ffn_dim": 256}, "large": HUBER},
     "patchtst": {
         "small": {},
@@ -110,15 +121,13 @@ class Forecasting(Experiment):
         from pytitans.train import last_checkpoint
 
         transformers.logging.disable_progress_bar()
-        what, size = Name.of(name), self.size
+        what = Name.of(name)
         titans = what.variant in VARIANTS
-        far = size == "small" and what.horizon > min(HORIZONS)
-        if titans:
-            fields = TITANS["small, from 192" if far else size]
-        else:
-            fields = FIELDS.get(what.variant, {}).get(size, {})
+        found = TITANS if titans else FIELDS.get(what.variant, {})
+        kinds = self.kind(what), self.size
+        fields = next((found[kind] for kind in kinds if kind in found), {})
         args = ForecastArguments(
-            output_dir=str(folder), learning_rate=rate, seed=seed, **self.budget(titans, size)
+            output_dir=str(folder), learning_rate=rate, seed=seed, **self.budget(titans, kinds[0])
         )
         run = train_run(
             what.variant, fields, self.data(what), what.horizon, args, carried=what.history > 0,
@@ -127,16 +136,28 @@ class Forecasting(Experiment):
         cells = [c for c in run.facts["cells"] if c["split"] == "validation"]
         return cells[0]["mse"]  # plain, as it was trained
 
-    def budget(self, titans: bool, size: str) -> dict[str, Any]:
+    def kind(self, what: Name) -> str:
+        """Which of TITANS and FIELDS: of a small series its far horizons, of a large one its long
+        look-backs, are others."""
+        if self.size == "small":
+            return "small, from 192" if what.horizon > min(HORIZONS) else "small"
+        return "large, long" if what.context >= LONG else "large"
+
+    def budget(self, titans: bool, kind: str) -> dict[str, Any]:
         """Steps of 32 windows. What is scored while training is a part of a large validation set;
         the score that learning rates are chosen by is that of all of it."""
-        steps = {"small": 800, "large": 2000} if titans else {"small": 2600, "large": 5000}
+        if self.size == "small":
+            steps = 800 if titans else 2600
+        elif titans:
+            steps = 600 if kind == "large, long" else 2000
+        else:
+            steps = 5000
         return {
-            "max_steps": self.steps(steps[size]),
+            "max_steps": self.steps(steps),
             "eval_strategy": "steps",
-            "eval_steps": max(1, self.steps(steps[size]) // 10),
+            "eval_steps": max(1, self.steps(steps) // 10),
             "patience": 4,
-            "validation_stride": 4 if size == "large" else 1,
+            "validation_stride": 4 if self.size == "large" else 1,
         }
 
     def evaluations(self, name: str) -> dict[str, list[str]]:

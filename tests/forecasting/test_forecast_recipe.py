@@ -29,7 +29,21 @@ def test_names_and_who_is_swept():
     assert made.swept("lmm@96+672-h192") == "lmm@96+672-h96"
     assert make(rows=17_420).swept("lmm@96+672-h192") == "lmm@96+672-h192"
     assert len(made.rates("lmm@96+672-h96")) == len(made.rates("dlinear@336-h96")) == 3
-    assert made.budget(True, "small")["max_steps"] == 80
+    assert made.budget(True, "large")["max_steps"] == 200
+    assert make(rows=17_420).budget(True, "small")["max_steps"] == 80
+
+
+def test_what_depends_on_the_series_look_back_and_horizon():
+    kinds = {
+        (rows, name): make(rows=rows).kind(forecasting.Name.of(name))
+        for rows in (17_420, 60_000)
+        for name in ("lmm@336-h96", "lmm@336-h192", "lmm@720-h96")
+    }
+    assert list(kinds.values()) == [
+        "small", "small, from 192", "small", "large", "large", "large, long",
+    ]  # fmt: skip
+    assert set(kinds.values()) == set(forecasting.TITANS)
+    assert all("large, long" in forecasting.FIELDS[name] for name in ("dlinear", "rlinear"))
 
 
 def test_spread_is_over_seeds_alone():
