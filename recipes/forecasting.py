@@ -195,8 +195,20 @@ def found_cells(experiment: Forecasting, output: Path) -> list[dict[str, Any]]:
     return cells
 
 
+def with_earlier(before: list[dict[str, Any]], cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The scores of results that were there, but for models whose runs are here: what was run
+    elsewhere stays in the table."""
+
+    def model(cell: dict[str, Any]) -> tuple:
+        return cell["model"], cell["context_length"]
+
+    here = {model(cell) for cell in cells}
+    return [*(cell for cell in before if model(cell) not in here), *cells]
+
+
 def report(experiment: Forecasting, output: Path, results: Path) -> None:
-    """NAME.json with every score, and NAME.md with the table of the test rows."""
+    """NAME.json with every score, and NAME.md with the table of the test rows. Models that are in
+    NAME.json already and have no runs here stay in both."""
     from pytitans.evals.results import VERSION, describe_software
     from pytitans.forecasting.backtest import table
 
@@ -204,15 +216,17 @@ def report(experiment: Forecasting, output: Path, results: Path) -> None:
     if not cells:
         return
     results.mkdir(parents=True, exist_ok=True)
-    sweep = output / "results" / "sweep.json"
+    path, sweep = results / f"{experiment.args.name}.json", output / "results" / "sweep.json"
+    before = json.loads(path.read_text()) if path.exists() else {"sweep": {}, "cells": []}
+    cells = with_earlier(before["cells"], cells)
     found = {
         "version": VERSION, "task": "forecast", "series": experiment.args.name,
         "software": describe_software(),
         "titans": TITANS,
-        "sweep": json.loads(sweep.read_text()) if sweep.exists() else {},
+        "sweep": before["sweep"] | (json.loads(sweep.read_text()) if sweep.exists() else {}),
         "cells": cells,
     }  # fmt: skip
-    (results / f"{experiment.args.name}.json").write_text(json.dumps(found, indent=1) + "\n")
+    path.write_text(json.dumps(found, indent=1) + "\n")
     test = [cell for cell in cells if cell["split"] == "test"]
     seeds = sorted({cell["seed"] for cell in test})
     text = (
