@@ -91,8 +91,9 @@ def state_bytes(memory: NeuralMemory | Mixer) -> int:
 
 
 def memory_flops(memory: NeuralMemory | Mixer, reads_twice: bool) -> float:
-    """Of writing and reading one token, all heads."""
-    shapes = [W.shape[-2:] for W in memory.initial_state(1).memory.M]
+    """Of writing and reading one token, all memories."""
+    M = memory.initial_state(1).memory.M
+    shapes = [W.shape[-2:] for W in M]
     if isinstance(memory, NeuralMemory):
         C, momentum, learns = memory.chunk_size, "momentum" in memory.gates, True
     else:
@@ -102,8 +103,8 @@ def memory_flops(memory: NeuralMemory | Mixer, reads_twice: bool) -> float:
     first = shapes[0][0] * shapes[0][1]
     within = 2 * C * sum(a + b for a, b in shapes) + 2 * C * C
     errors = 2 * P + 2 * (P - first) if learns else 0
-    head = errors + 4 * r * P + within + (2 * P if reads_twice else 0)
-    return memory.num_heads * head
+    each = errors + 4 * r * P + within + (2 * P if reads_twice else 0)
+    return M[0].shape[1] * each
 
 
 def kv_cache(config: PreTrainedConfig, tokens: int) -> int:

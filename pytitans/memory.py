@@ -32,7 +32,7 @@ class LayerState(NamedTuple):
     """What outlives a call of `NeuralMemory`: the memory, and the convolution's last tokens."""
 
     memory: MemoryState
-    tail: Tensor  # [B, conv_size - 1, 3 D]
+    tail: Tensor  # [B, conv_size - 1, 3 D], more with several memories a head
 
 
 class Closing(torch.autograd.Function):
@@ -93,6 +93,8 @@ class NeuralMemory(nn.Module):
     Args:
         dim: width of input and output; a multiple of num_heads.
         num_heads: independent memories, each from and to dim / num_heads features.
+        per_head: memories that share a head's queries, keys and gates, each with values of its own:
+            of linear ones, values so many times as wide (2 in Gated DeltaNet and Mamba-2).
         depth: layers of each memory's MLP; 1 is a linear memory.
         expansion: its hidden width over its input width (4 as in the paper).
         chunk_size: tokens that share one gradient point; a part of the trained function.
@@ -112,6 +114,7 @@ class NeuralMemory(nn.Module):
         dim: int,
         num_heads: int,
         *,
+        per_head: int = 1,
         depth: int = 2,
         expansion: float = 4,
         chunk_size: int = 16,
@@ -127,6 +130,8 @@ class NeuralMemory(nn.Module):
         super().__init__()
         if dim % num_heads:
             raise ValueError(f"dim={dim} is not a multiple of num_heads={num_heads}")
+        if per_head < 1:
+            raise ValueError(f"per_head={per_head} is no memory: use 1, or 2 for wider values")
         if depth < 1:
             raise ValueError(f"depth={depth} layers is no memory: use 1 to 4")
         if chunk_size < 1:
@@ -134,24 +139,25 @@ class NeuralMemory(nn.Module):
         if max_step <= 1:
             raise ValueError(f"max_step={max_step} lets no chunk store a value: use 2, above 1")
         self.dim, self.num_heads, self.head_dim = dim, num_heads, dim // num_heads
-        self.chunk_size, self.depth = chunk_size, depth
+        self.per_head, self.chunk_size, self.depth = per_head, chunk_size, depth
         self.max_step, self.largest_step = max_step, max_step / (chunk_size * depth)
         self.options = {"activation": activation, "objective": objective, "online": online}
         # of the size of M_0's answers: however small forgetting makes them, LayerNorm then cannot
         # enlarge a step without bound, and a memory that knows nothing answers nothing
         self.norm_eps = 1 / self.head_dim
-        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
-        self.conv = ShortConv(3 * dim, conv_size) if conv_size else None
+        self.qkv = nn.Linear(dim, (2 + per_head) * dim, bias=False)
+        self.conv = ShortConv((2 + per_head) * dim, conv_size) if conv_size else None
         self.gates = ["lr", *["momentum"] * momentum, *["decay"] * decay]
-        self.to_gates = GateLogits(4 * dim, len(self.gates) * num_heads * depth)
+        self.to_gates = GateLogits((3 + per_head) * dim, len(self.gates) * num_heads * depth)
         hidden = round(expansion * self.head_dim)
         widths = [self.head_dim, *[hidden] * (depth - 1), self.head_dim]
-        self.M_0 = nn.ParameterList(torch.empty(num_heads, a, b) for a, b in pairwise(widths))
-        self.norm_weight = nn.Parameter(torch.empty(num_heads, self.head_dim)) if norm else None
-        self.norm_bias = nn.Parameter(torch.empty(num_heads, self.head_dim)) if norm else None
+        count = num_heads * per_head
+        self.M_0 = nn.ParameterList(torch.empty(count, a, b) for a, b in pairwise(widths))
+        self.norm_weight = nn.Parameter(torch.empty(count, self.head_dim)) if norm else None
+        self.norm_bias = nn.Parameter(torch.empty(count, self.head_dim)) if norm else None
         self.head_norm = RMSNorm(self.head_dim)
-        self.to_open = nn.Linear(dim, dim, bias=False)
-        self.out = nn.Linear(dim, dim, bias=False)
+        self.to_open = nn.Linear(dim, per_head * dim, bias=False)
+        self.out = nn.Linear(per_head * dim, dim, bias=False)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -190,7 +196,7 @@ class NeuralMemory(nn.Module):
         wide = [W if W.dtype.itemsize >= 4 else W.float() for W in self.M_0]
         M = tuple(W.expand(batch_size, *W.shape) for W in wide)
         reach = self.conv.weight.shape[0] - 1 if self.conv is not None else 0
-        tail = self.qkv.weight.new_zeros(batch_size, reach, 3 * self.dim)
+        tail = self.qkv.weight.new_zeros(batch_size, reach, self.qkv.out_features)
         return LayerState(initial_state(M), tail)
 
     def forward(
@@ -207,15 +213,19 @@ class NeuralMemory(nn.Module):
     def write(
         self, x: Tensor, state: LayerState | None = None, lengths: Tensor | None = None
     ) -> tuple[Tensor, LayerState]:
-        """`forward` without its last step: what the memory's heads retrieve, [B, T, H, V]."""
+        """`forward` without its last step: what the memories retrieve, [B, T, H per_head, V]."""
         if state is None:
             state = self.initial_state(x.shape[0])
         (q, k, v), tail = self.convolve(self.qkv(x), state.tail, lengths)
         mask = None
         if lengths is not None:
             mask = torch.arange(x.shape[1], device=x.device) < lengths[:, None]
+        lr, momentum, decay = self.gate_values(x, q, k, v)
+        lr, q, k = self.of_memories(lr), self.of_memories(q), self.of_memories(k)
+        momentum = None if momentum is None else self.of_memories(momentum)
+        decay = None if decay is None else self.of_memories(decay)
         retrieved, memory = neural_memory(
-            q, k, v, *self.gate_values(x, q, k, v), state.memory,
+            q, k, v, lr, momentum, decay, state.memory,
             chunk_size=self.chunk_size, norm=self.norm, norm_eps=self.norm_eps,
             mask=mask, **self.options,
         )  # fmt: skip
@@ -230,8 +240,9 @@ class NeuralMemory(nn.Module):
     def convolve(
         self, features: Tensor, tail: Tensor | None, lengths: Tensor | None
     ) -> tuple[list[Tensor], Tensor]:
-        """Features [B, T, dim] or [B, T, 3 dim] to queries, or queries, keys and values, each
-        [B, T, H, head_dim], queries and keys of norm 1; and the convolution's tail."""
+        """Features [B, T, dim] or all that qkv makes to queries, or queries, keys and values, each
+        [B, T, H, head_dim], values [B, T, H per_head, head_dim], queries and keys of norm 1; and
+        the convolution's tail."""
         parts = features.shape[-1] // self.dim
         if self.conv is None:
             y, end = list(F.silu(features).chunk(parts, dim=-1)), features[:, :0]
@@ -240,14 +251,21 @@ class NeuralMemory(nn.Module):
             y, end = self.conv(
                 features, tail, lengths, parts=parts, units=min(parts, 2), group=self.head_dim
             )
-        return [part.unflatten(-1, (self.num_heads, self.head_dim)) for part in y], end
+        y = [part.unflatten(-1, (self.num_heads, self.head_dim)) for part in y]
+        if len(y) > 3:
+            y[2:] = [torch.stack(y[2:], dim=3).flatten(2, 3)]
+        return y, end
+
+    def of_memories(self, x: Tensor) -> Tensor:
+        """What a head has, [B, T, H, ...], for each of its memories."""
+        return x if self.per_head == 1 else x.repeat_interleave(self.per_head, dim=2)
 
     def queries(
         self, x: Tensor, tail: Tensor | None, lengths: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """Queries alone [B, T, H, K], for reading without writing, and the convolution's tail."""
+        """Queries of all memories, for reading without writing, and the convolution's tail."""
         (q,), end = self.convolve(F.linear(x, self.qkv.weight[: self.dim]), tail, lengths)
-        return q, end
+        return self.of_memories(q), end
 
     def read(self, q: Tensor, opened: Tensor, state: MemoryState) -> Tensor:
         """What the memory answers to `queries` of x and to_open(x), without writing (eq. 21)."""
@@ -255,7 +273,7 @@ class NeuralMemory(nn.Module):
         return self.answer(retrieve(q, state, norm_eps=self.norm_eps, **options), opened)
 
     def answer(self, retrieved: Tensor, opened: Tensor) -> Tensor:
-        """[B, T, H, V] -> [B, T, dim]: normalised per head, gated by the input, mixed."""
+        """[B, T, H per_head, V] -> [B, T, dim]: each normalised, gated by the input, mixed."""
         return self.out(silu_mul(opened, self.head_norm(retrieved).flatten(2)))
 
     def gate_values(

@@ -38,6 +38,7 @@ DONE = "done.json"
 
 TITANS = ("mal", "mag", "mac", "lmm")
 LINEAR = tuple(f"linear_{name}" for name in TITANS)  # with memories of one layer
+WIDE = tuple(f"wide_{name}" for name in TITANS)  # and two of them a head: values twice as wide
 WHOLE = ("llama",)  # keeps the whole text: too much beyond MOST tokens
 MOST = 16384
 SHAPE = {
@@ -61,7 +62,8 @@ def all_models() -> tuple[str, ...]:
 def build(name: str, shape: dict[str, Any], seed: int, **changes: Any):
     """The model of that name: of `shape`, fields of TitansConfig, and of the parameters that MAL
     has with that shape; its first weights drawn with the seed. `changes` are made to a Titans model
-    alone. linear_NAME is a Titans model with linear memories."""
+    alone. linear_NAME is a Titans model with linear memories, wide_NAME one with two of them for
+    each head, as Gated DeltaNet and Mamba-2 have values twice as wide as keys."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -70,9 +72,11 @@ def build(name: str, shape: dict[str, Any], seed: int, **changes: Any):
 
     like = TitansConfig(variant="mal", **shape)
     torch.manual_seed(seed)
-    if name in (*TITANS, *LINEAR):
-        own = {"memory_depth": 1} if name in LINEAR else {}
-        variant = name.removeprefix("linear_")
+    if name in (*TITANS, *LINEAR, *WIDE):
+        own = {} if name in TITANS else {"memory_depth": 1}
+        if name in WIDE:
+            own["memories_per_head"] = 2
+        variant = name.rpartition("_")[2]
         config = widened(TitansConfig(variant=variant, **shape | own | changes), like)
     else:
         config = baseline_like(like, name)

@@ -190,3 +190,31 @@ def test_gates_are_float32_under_autocast():
 def test_impossible_shapes_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         make(**options)
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_memories_of_a_head_share_all_but_their_values(depth):
+    """Each is what a layer of one memory a head would have with those values."""
+    both = make(per_head=2, depth=depth).double()
+    x, D = torch.randn(2, 50, 32, dtype=torch.float64), 32
+    with torch.no_grad():
+        both.to_gates.weight.normal_(std=0.3)
+        both.to_gates.weight[:, 3 * D :] = 0  # which see the values of all
+    read, state = both.write(x)
+    for i in range(2):
+        one = make(depth=depth).double()
+        rows = [*range(2 * D), *range((2 + i) * D, (3 + i) * D)]
+        with torch.no_grad():
+            one.qkv.weight.copy_(both.qkv.weight[rows])
+            one.conv.weight.copy_(both.conv.weight[:, rows])
+            one.to_gates.weight.copy_(both.to_gates.weight[:, : 4 * D])
+            one.to_gates.bias.copy_(both.to_gates.bias)
+            for mine, theirs in zip(one.M_0, both.M_0, strict=True):
+                mine.copy_(theirs[i::2])
+        alone, end = one.write(x)
+        torch.testing.assert_close(read[:, :, i::2], alone)
+        for mine, theirs in zip(end.memory.M, state.memory.M, strict=True):
+            torch.testing.assert_close(theirs[:, i::2], mine)
+    assert not torch.allclose(read[:, :, 0::2], read[:, :, 1::2])
+    with pytest.raises(ValueError, match="per_head=0"):
+        make(per_head=0)

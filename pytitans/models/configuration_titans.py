@@ -23,6 +23,8 @@ class TitansConfig(PreTrainedConfig):
         num_hidden_layers: blocks, each followed by a feed-forward layer.
         num_attention_heads: of attention, and of the memory: each head has a memory of its own.
         intermediate_size: width of the feed-forward layers (SwiGLU).
+        memories_per_head: memories that share a head's queries, keys and gates: of linear ones,
+            values so many times as wide.
         memory_depth: layers of the memory's MLP, 1 (linear) to 4. Paper: 2.
         memory_expansion: its hidden width over its input width. Paper: 4.
         memory_activation: "silu" or "gelu" (the paper's camera-ready; slower on CPUs).
@@ -49,6 +51,7 @@ class TitansConfig(PreTrainedConfig):
     num_hidden_layers: int = 4
     num_attention_heads: int = 4
     intermediate_size: int = 512
+    memories_per_head: int = 1
     memory_depth: int = 2
     memory_expansion: int | float = 4
     memory_activation: Literal["silu", "gelu"] = "silu"
@@ -91,7 +94,8 @@ class TitansConfig(PreTrainedConfig):
                 )
         for name in (
             "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
-            "intermediate_size", "memory_depth", "chunk_size", "segment_len", "window",
+            "intermediate_size", "memories_per_head", "memory_depth", "chunk_size", "segment_len",
+            "window",
         ):  # fmt: skip
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be 1 or more")

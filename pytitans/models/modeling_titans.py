@@ -34,6 +34,7 @@ def build_memory(config: TitansConfig, layer: int) -> Any:
     return NeuralMemory(
         config.hidden_size,
         config.num_attention_heads,
+        per_head=config.memories_per_head,
         depth=config.memory_depth,
         expansion=config.memory_expansion,
         chunk_size=config.chunk_size,

@@ -56,3 +56,17 @@ def test_no_persistent_tokens_and_no_convolution(variant, ids):
     want, _ = stream(model, ids, [37])
     got, _ = stream(model, ids, [10, 1, 26])
     torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
+
+
+def test_with_several_memories_a_head(variant, ids):
+    """In pieces as in one call; the future does not matter; every parameter has a gradient."""
+    model = tiny_model(variant, memories_per_head=2)
+    want, end = stream(model, ids, [37])
+    got, cache = stream(model, ids, [5, 8, 1, 13, 10])
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
+    torch.testing.assert_close(cache.states, end.states, rtol=0, atol=1e-10)
+    other = torch.cat([ids[:, :30], 15 - ids[:, 30:]], dim=1)
+    torch.testing.assert_close(model(other).logits[:, :30], want[:, :30], rtol=0, atol=1e-12)
+    model(ids, labels=ids).loss.backward()
+    silent = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()]
+    assert silent == []
