@@ -3,6 +3,9 @@
     python recipes/language.py --data "books/*.txt.xz"
     python recipes/language.py --data "books/*.txt.xz" --models mal transformer --seeds 0
 
+linear_NAME is a Titans model with memories of one layer, wide_NAME one with two of these a head, as
+wide in their values as the baselines are.
+
 Every model reads the same windows of 1,024 bytes of the training books in the same order, and
 begins most of them with what it carries from the windows before. Learning
 rates are compared on the validation books; the tables are of the test books, from the first byte on
