@@ -72,15 +72,25 @@ def build(name: str, shape: dict[str, Any], seed: int, **changes: Any):
 
     like = TitansConfig(variant="mal", **shape)
     torch.manual_seed(seed)
-    if name in (*TITANS, *LINEAR, *WIDE):
-        own = {} if name in TITANS else {"memory_depth": 1}
-        if name in WIDE:
-            own["memories_per_head"] = 2
-        variant = name.rpartition("_")[2]
-        config = widened(TitansConfig(variant=variant, **shape | own | changes), like)
+    fields = titans_fields(name)
+    if fields:
+        config = widened(TitansConfig(**shape | fields | changes), like)
     else:
         config = baseline_like(like, name)
     return AutoModelForCausalLM.from_config(config)
+
+
+def titans_fields(name: str) -> dict[str, Any]:
+    """The fields of TitansConfig by which a Titans model of that name differs from others; none of
+    a baseline."""
+    if name not in (*TITANS, *LINEAR, *WIDE):
+        return {}
+    fields: dict[str, Any] = {"variant": name.rpartition("_")[2]}
+    if name not in TITANS:
+        fields["memory_depth"] = 1
+    if name in WIDE:
+        fields["memories_per_head"] = 2
+    return fields
 
 
 def lengths_to(lengths: Sequence[str], longest: int, whole: bool) -> list[str]:

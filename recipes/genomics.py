@@ -24,11 +24,10 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from experiment import Experiment, run_experiment
+from experiment import LINEAR, TITANS, WIDE, Experiment, run_experiment, titans_fields
 
-TITANS = ("mal", "lmm", "mag", "mac")
 CNNS = ("cnn", "cnn_wide")
-MODELS = (*TITANS, "llama", "mamba2_hf", "gated_deltanet", *CNNS)
+MODELS = (*TITANS, *LINEAR, *WIDE, "llama", "mamba2_hf", "gated_deltanet", *CNNS)
 RATES = (1e-3, 2e-3, 4e-3)
 CNN_STEPS = 2.5  # times those of the others: ten epochs of GUE, as published for the CNN
 SHAPE: dict[str, Any] = {
@@ -73,9 +72,9 @@ class Genomics(Experiment):
     def options(self, name: str, folder: Path, rate: float, seed: int) -> list[str]:
         budget = self.budget()
         steps = budget["steps"] * (CNN_STEPS if name in CNNS else 1)
-        fields = self.shape(name)
+        fields = dict(self.shape(name))
         options = {
-            "--variant": name,
+            "--variant": fields.pop("variant", name),
             "--data.reverse_complement": budget["strands"],
             "--train.output_dir": folder,
             "--train.learning_rate": rate,
@@ -88,14 +87,18 @@ class Genomics(Experiment):
         return ["--data", self.args.data, *pairs]
 
     def shape(self, name: str) -> dict[str, Any]:
-        """SHAPE, with feed-forward layers that give every Titans model the parameters of MAL."""
-        if name not in TITANS:
-            return SHAPE
+        """SHAPE, and of a Titans model its own fields, with feed-forward layers that give it the
+        parameters of MAL."""
         from pytitans import TitansConfig
         from pytitans.baseline import widened
 
-        like, own = (TitansConfig(variant=x, **IDS, **SHAPE) for x in ("mal", name))
-        return SHAPE | {"intermediate_size": widened(own, like).intermediate_size}
+        fields = titans_fields(name)
+        if not fields:
+            return SHAPE
+        like = TitansConfig(variant="mal", **IDS, **SHAPE)
+        own = TitansConfig(**IDS, **SHAPE | fields)
+        fields["intermediate_size"] = widened(own, like).intermediate_size
+        return SHAPE | fields
 
     def evaluations(self, name: str) -> dict[str, list[str]]:
         return {"test": ["--split", "test"]}

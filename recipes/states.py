@@ -16,7 +16,7 @@ memory of one layer, `chunk16_lmm` the chunks that it has elsewhere. How runs ar
 import argparse
 from pathlib import Path
 
-from experiment import LINEAR, SHAPE, Experiment, all_models, build, run
+from experiment import LINEAR, SHAPE, TITANS, WIDE, Experiment, all_models, build, run
 
 from pytitans.data.tokenizer import byte_tokenizer
 from pytitans.evals import load_task
@@ -28,13 +28,13 @@ LENGTHS = ("64", "128", "256", "1K")
 
 
 class States(Experiment):
-    models = (*all_models(), *LINEAR, CHUNK16)
+    models = (*all_models(), *LINEAR, *WIDE, CHUNK16)
 
     def build(self, name: str, seed: int):
         if name == CHUNK16:
             return build("lmm", SHAPE, seed)
         # steps of up to 2 in each layer of the memory
-        return build(name, SHAPE, seed, chunk_size=1, memory_max_step=2 if name in LINEAR else 4)
+        return build(name, SHAPE, seed, chunk_size=1, memory_max_step=4 if name in TITANS else 2)
 
     def train(self, name: str, folder: Path, rate: float, seed: int) -> float:
         task = load_task(self.args.task, byte_tokenizer())
