@@ -1,5 +1,6 @@
-"""Recall is Zoology's task, state tracking a group's: checked against loops that say so."""
+"""Recall is Zoology's task, state tracking a group's, mentions are told twice: loops say so."""
 
+import re
 from itertools import permutations
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 
 from pytitans.data.tokenizer import byte_tokenizer
 from pytitans.evals import load_task
+from pytitans.evals.mentions import Mentions
 from pytitans.evals.recall import Recall
 from pytitans.evals.state_tracking import GROUPS, StateTracking, prefix_products
 
@@ -91,3 +93,34 @@ def test_tasks_load_by_name():
         assert (
             load_task(name, byte_tokenizer(), vocab_size=256).example(0, length=64).ids.max() < 256
         )
+
+
+FORMS = ("{word}{number} ", "It is said that {word} has {number}. ")
+
+
+@pytest.mark.parametrize("letters", [2, None])
+def test_mentions_ask_for_every_number_that_was_told_before(letters):
+    task = Mentions(byte_tokenizer(), words=(3, 5), letters=letters, forms=FORMS, noise=12)
+    for index in range(8):
+        example = task.example(index, length=400)
+        text = bytes(example.ids.astype(np.uint8)).decode()
+        assert len(example.ids) == len(text) == 400
+        name = "[a-z]{2}" if letters else "[a-z]+-[a-z]+"
+        told: dict[str, str] = {}
+        wanted: list[tuple[int, str]] = []
+        for found in re.finditer(rf"(?:^| )({name})(?: has )?([0-9]{{1,3}})(?:[ .]|$)", text):
+            word, number = found.groups()
+            wanted += [(found.start(2), number)] * (word in told)
+            assert told.setdefault(word, number).startswith(number)  # the last one may be cut
+        asked = [example.answer == i for i in range(example.answers)]
+        answers = [bytes(example.expected[i].astype(np.uint8)).decode() for i in asked]
+        starts = [int(example.at[i][0]) + 1 for i in asked]
+        assert list(zip(starts, answers, strict=True)) == wanted
+        assert len(wanted) > len(told) > 1
+
+
+def test_mentions_of_more_words_than_there_are_and_of_none_twice():
+    with pytest.raises(ValueError, match="letters=1"):
+        Mentions(byte_tokenizer(), letters=1, words=(2, 27))
+    with pytest.raises(ValueError, match="length=16"):
+        Mentions(byte_tokenizer()).example(0, length=16)
