@@ -1,16 +1,19 @@
 """Trains the small models that come with the package, `pytitans/released/NAME`.
 
     python recipes/release.py needle --data "books/*.txt.xz"
+    python recipes/release.py needles --data "books/*.txt.xz"
     python recipes/release.py books --data "books/*.txt.xz"
 
-`needle` finds numbers and UUIDs in long texts (RULER's S-NIAH-1 to 3), `books` predicts the bytes
-of English novels. Each takes less than an hour on one core and goes on where it was stopped. The
-books held out are those of `recipes/books.yaml`. The models of the package are those of seed 0.
+`needle` finds a number or a UUID in long texts (RULER's S-NIAH-1 to 3), `needles` tells which of
+several is asked for (MK-NIAH-1, MV- and MQ-NIAH), `books` predicts the bytes of English novels.
+Each takes an hour of one core and goes on where it was stopped. The books held out are those of
+`recipes/books.yaml`. The models of the package are those of seed 0.
 """
 
 import argparse
 import shutil
 from pathlib import Path
+from typing import Any
 
 from experiment import SHAPE, build
 from language import HELD_OUT, split_books
@@ -19,6 +22,7 @@ from transformers import AutoModelForCausalLM
 from pytitans.data.text import TextData
 from pytitans.data.tokenizer import byte_tokenizer
 from pytitans.evals import load_task
+from pytitans.evals.mentions import Mentions
 from pytitans.evals.niah import Passkey
 from pytitans.evals.training import Stage, task_arguments, train_on_tasks
 from pytitans.train import TrainArguments, last_checkpoint, train
@@ -57,6 +61,57 @@ def needle(files: list[str], folder: Path, seed: int) -> None:
     train_on_tasks(model, tokenizer, close, task_arguments(folder, 1e-3, seed + 1, save_steps=0.1))
 
 
+def needles(files: list[str], folder: Path, seed: int) -> None:
+    """First words and numbers side by side, dozens in a text; then ever more between the two."""
+    novels, _ = split_books(files)
+    tokenizer = byte_tokenizer()
+
+    def mentions(*forms: str, **options: Any) -> Mentions:
+        return Mentions(tokenizer, forms=[form + " {number}. " for form in forms], **options)
+
+    near = ("{word}", "{word}:", "{word} is", "{word} is:", "{word} is now")
+    far = ("{word} is:", "{word} in the text is", "{word} mentioned in the text is")
+    ruler = (
+        "One of the special magic numbers for {word} is:",
+        "The special magic number for {word} mentioned in the provided text is",
+    )
+    adjacent = [
+        Mentions(tokenizer, forms=["{word}{number} "], letters=count, digits=min(count, 3))
+        for count in (1, 2, 3, 4)
+    ]
+    words = mentions(*near[:2])
+    aside = mentions(*near)
+    apart = [
+        mentions(*near[2:], noise=8),
+        mentions(*far[:2], noise=20),
+        mentions(*far, noise=20, digits=4),
+        mentions(far[0], ruler[1], noise=20, digits=5),
+        mentions(*ruler, noise=30, digits=7),
+        mentions(*ruler, noise=120, digits=7, words=(3, 6)),
+    ]
+    names = "single_1 single_2 multikey_1 multivalue multiquery"
+    noise, prose, key, value, query = (
+        load_task(f"niah_{name}", tokenizer, files=novels) for name in names.split()
+    )
+    several = [key, query, key, value, prose, query, key, noise]
+    bind = [
+        *(Stage([task], 256, 512, steps=200, fill=4096) for task in adjacent),
+        Stage([words], 256, 512, steps=250, fill=4096),
+        Stage([aside, aside, words], 256, 512, steps=600, fill=4096),
+        *(Stage([task, task, task, aside], 256, 1024, steps=300, fill=4096) for task in apart),
+    ]
+    find = [
+        Stage([*several, apart[-1]], 768, 1024, steps=1000, fill=4096),
+        Stage([*several, apart[-1]], 1024, 4096, steps=1000, gate_penalty=0.05),
+    ]
+    learned = folder / "learned"
+    if not (learned / "run.json").exists():
+        args = task_arguments(learned, 3e-3, seed, save_steps=0.05)
+        train_on_tasks(build("wide_lmm", SHAPE, seed), tokenizer, bind, args)
+    model = AutoModelForCausalLM.from_pretrained(learned).train()
+    train_on_tasks(model, tokenizer, find, task_arguments(folder, 2e-3, seed + 1, save_steps=0.1))
+
+
 def books(files: list[str], folder: Path, seed: int) -> None:
     args = TrainArguments(
         output_dir=str(folder), max_steps=4000, learning_rate=2e-3, seed=seed,
@@ -72,13 +127,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("name", choices=("needle", "books"))
+    parser.add_argument("name", choices=("needle", "needles", "books"))
     parser.add_argument("--data", nargs="+", required=True, help="the books: files or globs")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, help="of the run (default: runs/released/NAME)")
     args = parser.parse_args()
     folder = args.output or Path("runs/released") / args.name
-    {"needle": needle, "books": books}[args.name](args.data, folder, args.seed)
+    {"needle": needle, "needles": needles, "books": books}[args.name](args.data, folder, args.seed)
     released = folder / "released"  # without checkpoints, as it is in the package
     released.mkdir(exist_ok=True)
     for name in KEPT:
