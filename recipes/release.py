@@ -82,12 +82,12 @@ def needles(files: list[str], folder: Path, seed: int) -> None:
     words = mentions(*near[:2])
     aside = mentions(*near)
     apart = [
-        mentions(*near[2:], noise=8),
-        mentions(*far[:2], noise=20),
-        mentions(*far, noise=20, digits=4),
-        mentions(far[0], ruler[1], noise=20, digits=5),
-        mentions(*ruler, noise=30, digits=7),
-        mentions(*ruler, noise=120, digits=7, words=(3, 6)),
+        mentions(*near[2:], gap=8),
+        mentions(*far[:2], gap=20),
+        mentions(*far, gap=20, digits=4),
+        mentions(far[0], ruler[1], gap=20, digits=5),
+        mentions(*ruler, gap=30, digits=7),
+        mentions(*ruler, gap=120, digits=7, words=(3, 6)),
     ]
     names = "single_1 single_2 multikey_1 multivalue multiquery"
     noise, prose, key, value, query = (

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
-from pytitans.evals.haystack import continuation
+from pytitans.evals.haystack import Haystack, continuation
 from pytitans.evals.niah import NOISE
 from pytitans.evals.task import Example, Task, check_depth
 from pytitans.evals.words import draw_words
@@ -28,7 +28,8 @@ class Mentions(Task):
         letters: of a word, drawn at random; None: RULER's words, as "quiet-harbor".
         digits: of a number.
         forms: how a word is mentioned; each begins as it likes and ends after its number.
-        noise: at most so many letters of RULER's noise stand before a mention, and a space.
+        gap: at most so many tokens of hay stand before a mention, and a space.
+        prose: what the hay is cut from; None: RULER's noise.
     """
 
     name = "mentions"
@@ -41,10 +42,12 @@ class Mentions(Task):
         letters: int | None = None,
         digits: int = 3,
         forms: Sequence[str] = ("{word}: {number}. ",),
-        noise: int = 0,
+        gap: int = 0,
+        prose: Haystack | None = None,
     ):
         self.tokenizer, self.words, self.letters = tokenizer, words, letters
-        self.digits, self.forms, self.noise = digits, forms, noise
+        self.digits, self.forms, self.gap, self.prose = digits, forms, gap, prose
+        self.noise = continuation(tokenizer, "".join(NOISE) + " ")
         if letters is not None and 26**letters < words[1]:
             raise ValueError(f"letters={letters} make fewer than words={words} different words")
 
@@ -59,8 +62,9 @@ class Mentions(Task):
             word = order.pop() if order else int(rng.integers(len(words)))
             form = self.forms[int(rng.integers(len(self.forms)))]
             before, after = form.format(word=words[word], number="\0").split("\0")
-            for text in (self.hay(rng) + before, numbers[word], after):
-                pieces.append(continuation(self.tokenizer, text)[: length - size])
+            texts = before, numbers[word], after
+            for piece in (*self.hay(rng), *(continuation(self.tokenizer, x) for x in texts)):
+                pieces.append(piece[: length - size])
                 size += len(pieces[-1])
             if word in told and len(pieces[-2]):
                 asked.append(len(pieces) - 2)
@@ -76,9 +80,12 @@ class Mentions(Task):
         powers = 26 ** np.arange(self.letters)
         return ["".join(LETTERS[number // powers % 26]) for number in numbers]
 
-    def hay(self, rng: np.random.Generator) -> str:
-        if not self.noise:
-            return ""
-        noise = "".join(NOISE) + " "
-        begin, size = int(rng.integers(len(noise))), int(rng.integers(self.noise + 1))
-        return (noise * (2 + size // len(noise)))[begin : begin + size] + " "
+    def hay(self, rng: np.random.Generator) -> list[np.ndarray]:
+        if not self.gap:
+            return []
+        if self.prose is not None:
+            hay = self.prose.cut(rng, int(rng.integers(self.gap + 1))).ids
+        else:
+            begin = int(rng.integers(len(self.noise)))
+            hay = np.resize(np.roll(self.noise, -begin), int(rng.integers(self.gap + 1)))
+        return [hay, continuation(self.tokenizer, " ")]

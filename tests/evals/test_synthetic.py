@@ -8,6 +8,7 @@ import pytest
 
 from pytitans.data.tokenizer import byte_tokenizer
 from pytitans.evals import load_task
+from pytitans.evals.haystack import Haystack
 from pytitans.evals.mentions import Mentions
 from pytitans.evals.recall import Recall
 from pytitans.evals.state_tracking import GROUPS, StateTracking, prefix_products
@@ -98,9 +99,11 @@ def test_tasks_load_by_name():
 FORMS = ("{word}{number} ", "It is said that {word} has {number}. ")
 
 
-@pytest.mark.parametrize("letters", [2, None])
-def test_mentions_ask_for_every_number_that_was_told_before(letters):
-    task = Mentions(byte_tokenizer(), words=(3, 5), letters=letters, forms=FORMS, noise=12)
+@pytest.mark.parametrize("letters, prose", [(2, False), (None, False), (None, True)])
+def test_mentions_ask_for_every_number_that_was_told_before(letters, prose):
+    hay = Haystack(byte_tokenizer()) if prose else None
+    options = {"letters": letters, "forms": FORMS, "gap": 12, "prose": hay}
+    task = Mentions(byte_tokenizer(), words=(3, 5), **options)
     for index in range(8):
         example = task.example(index, length=400)
         text = bytes(example.ids.astype(np.uint8)).decode()
