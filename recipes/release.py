@@ -6,8 +6,8 @@
 
 `needle` finds a number or a UUID in long texts (RULER's S-NIAH-1 to 3), `needles` tells which of
 several is asked for (MK-NIAH-1, MV- and MQ-NIAH), `books` predicts the bytes of English novels.
-Each takes an hour of one core and goes on where it was stopped. The books held out are those of
-`recipes/books.yaml`. The models of the package are those of seed 0.
+Each takes about an hour of one core, or less, and goes on where it was stopped. The books held out
+are those of `recipes/books.yaml`. The models of the package are those of seed 0.
 """
 
 import argparse
@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM
 from pytitans.data.text import TextData
 from pytitans.data.tokenizer import byte_tokenizer
 from pytitans.evals import load_task
+from pytitans.evals.haystack import Haystack
 from pytitans.evals.mentions import Mentions
 from pytitans.evals.niah import Passkey
 from pytitans.evals.training import Stage, task_arguments, train_on_tasks
@@ -89,20 +90,26 @@ def needles(files: list[str], folder: Path, seed: int) -> None:
         mentions(*ruler, gap=30, digits=7),
         mentions(*ruler, gap=120, digits=7, words=(3, 6)),
     ]
+    hay = Haystack(tokenizer, novels)
+    in_prose = [
+        mentions(*ruler, gap=gap, digits=7, words=(3, 6), prose=hay) for gap in (60, 120, 240, 500)
+    ]
     names = "single_1 single_2 multikey_1 multivalue multiquery"
     noise, prose, key, value, query = (
         load_task(f"niah_{name}", tokenizer, files=novels) for name in names.split()
     )
-    several = [key, query, key, value, prose, query, key, noise]
     bind = [
         *(Stage([task], 256, 512, steps=200, fill=4096) for task in adjacent),
         Stage([words], 256, 512, steps=250, fill=4096),
         Stage([aside, aside, words], 256, 512, steps=600, fill=4096),
         *(Stage([task, task, task, aside], 256, 1024, steps=300, fill=4096) for task in apart),
     ]
+    mixed = [in_prose[2], key, query, key, prose, in_prose[3], key, value, noise]
     find = [
-        Stage([*several, apart[-1]], 768, 1024, steps=1000, fill=4096),
-        Stage([*several, apart[-1]], 1024, 4096, steps=1000, gate_penalty=0.05),
+        Stage([in_prose[0], key, in_prose[1], key, prose, query], 768, 1024, steps=700, fill=4096),
+        Stage(mixed, 1024, 2048, steps=700, fill=4096),
+        Stage(mixed, 1024, 4096, steps=400, gate_penalty=0.05),
+        Stage(mixed, 1024, 4096, steps=300, gate_penalty=0.2),
     ]
     learned = folder / "learned"
     if not (learned / "run.json").exists():
