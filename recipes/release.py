@@ -102,7 +102,8 @@ def needles(files: list[str], folder: Path, seed: int) -> None:
         *(Stage([task], 256, 512, steps=200, fill=4096) for task in adjacent),
         Stage([words], 256, 512, steps=250, fill=4096),
         Stage([aside, aside, words], 256, 512, steps=600, fill=4096),
-        *(Stage([task, task, task, aside], 256, 1024, steps=300, fill=4096) for task in apart),
+        *(Stage([task, task, task, aside], 256, 1024, steps=300, fill=4096) for task in apart[:-1]),
+        Stage([*apart[-1:] * 3, aside], 640, 1024, steps=300, fill=4096),
     ]
     mixed = [in_prose[2], key, query, key, prose, in_prose[3], key, value, noise]
     find = [
