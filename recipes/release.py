@@ -70,7 +70,7 @@ def needles(files: list[str], folder: Path, seed: int) -> None:
     def mentions(*forms: str, **options: Any) -> Mentions:
         return Mentions(tokenizer, forms=[form + " {number}. " for form in forms], **options)
 
-    near = ("{word}", "{word}:", "{word} is", "{word} is:", "{word} is now")
+    beside = ("{word}", "{word}:", "{word} is", "{word} is:", "{word} is now")
     far = ("{word} is:", "{word} in the text is", "{word} mentioned in the text is")
     ruler = (
         "One of the special magic numbers for {word} is:",
@@ -80,10 +80,10 @@ def needles(files: list[str], folder: Path, seed: int) -> None:
         Mentions(tokenizer, forms=["{word}{number} "], letters=count, digits=min(count, 3))
         for count in (1, 2, 3, 4)
     ]
-    words = mentions(*near[:2])
-    aside = mentions(*near)
+    words = mentions(*beside[:2])
+    aside = mentions(*beside)
     apart = [
-        mentions(*near[2:], gap=8),
+        mentions(*beside[2:], gap=8),
         mentions(*far[:2], gap=20),
         mentions(*far, gap=20, digits=4),
         mentions(far[0], ruler[1], gap=20, digits=5),
@@ -106,9 +106,10 @@ def needles(files: list[str], folder: Path, seed: int) -> None:
         Stage([*apart[-1:] * 3, aside], 640, 1024, steps=300, fill=4096),
     ]
     mixed = [in_prose[2], key, query, key, prose, in_prose[3], key, value, noise]
+    near = [*in_prose[:2], key, in_prose[1], key, prose]
     find = [
-        Stage([in_prose[0], key, in_prose[1], key, prose, query], 768, 1024, steps=700, fill=4096),
-        Stage(mixed, 1024, 2048, steps=700, fill=4096),
+        Stage(near, 768, 1024, steps=1800, fill=4096),
+        Stage(mixed, 1024, 2048, steps=1400, fill=4096),
         Stage(mixed, 1024, 4096, steps=400, gate_penalty=0.05),
         Stage(mixed, 1024, 4096, steps=300, gate_penalty=0.2),
     ]
