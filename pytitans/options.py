@@ -295,17 +295,19 @@ def parse(parser: "ArgumentParser", command: str, argv: list[str]) -> "Namespace
 
 
 def preset_defaults(options: "Namespace", command: str) -> dict[str, Any]:
-    """The preset's shape. Its vocabulary is for `info` alone: a tokenizer decides in training."""
+    """The preset's shape, and the paper's learning rate for it. Its vocabulary is for `info` alone:
+    a tokenizer decides in training."""
     if getattr(options, "preset", None) is None:
         return {}
     from pytitans.baseline import BASELINES
-    from pytitans.presets import model_preset
+    from pytitans.presets import PAPER_RATE, model_preset
 
     variant = "mac" if options.model.variant in BASELINES else options.model.variant
     preset = model_preset(options.preset, variant)
     known = {name for name in options.model.as_dict() if name != "variant"}
     known -= set() if command == "info" else {"vocab_size"}
-    return {f"model.{name}": value for name, value in preset.items() if name in known}
+    found = {f"model.{name}": value for name, value in preset.items() if name in known}
+    return found if command == "info" else found | {"train.learning_rate": PAPER_RATE}
 
 
 def hide_rare(parser: "ArgumentParser", command: str) -> None:

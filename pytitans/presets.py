@@ -34,6 +34,7 @@ PAPER_SIZES = {
     "760m": PaperSize(760e6, 24, 1536, 16),
     "1.3b": PaperSize(1.3e9, 18, 2048, 8),
 }
+PAPER_RATE = 4e-4  # the peak its text gives; Table 5 has others by size
 
 
 def paper_config(size: str, variant: str = "mac", **changes) -> TitansConfig:

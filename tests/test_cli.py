@@ -126,8 +126,11 @@ def test_a_preset_gives_the_shape_and_options_change_it(capsys):
     command = ["train", "--preset", "170m", "--model.window", "64", "--print_config"]
     with pytest.raises(SystemExit, match="0"):
         main(command)
-    model = yaml.safe_load(capsys.readouterr().out)["model"]
+    config = yaml.safe_load(capsys.readouterr().out)
+    model = config["model"]
     assert (model["hidden_size"], model["num_hidden_layers"], model["window"]) == (768, 12, 64)
+    assert (model["memory_depth"], model["memories_per_head"]) == (2, 1)
+    assert config["train"]["learning_rate"] == 4e-4  # not that of a small model
 
 
 def test_info_of_a_paper_size(capsys):

@@ -40,12 +40,15 @@ titans dna: models of DNA
 CLASSIFIER_RUN: dict[str, Any] = {
     "model.hidden_size": 64,
     "model.intermediate_size": 128,
+    "model.memory_depth": 2,  # wide linear memories, as `titans train` has them, were not tried
+    "model.memories_per_head": 1,
     "model.window": 64,
     "model.segment_len": 64,
     "model.initializer_range": 0.06,
     "train.max_steps": 2000,
     "train.per_device_train_batch_size": 64,
     "train.per_device_eval_batch_size": 128,
+    "train.learning_rate": 2e-3,
     "train.warmup_steps": 0.05,
     "train.eval_steps": 0.1,
     "train.save_steps": 0.1,

@@ -82,8 +82,8 @@ def test_titans_models_have_the_parameters_of_mal():
 
     recipe = genomics.Genomics(None)
     sizes = [
-        count_parameters(TitansConfig(variant=name, **genomics.IDS, **recipe.shape(name)))
-        for name in genomics.TITANS
+        count_parameters(TitansConfig(**{"variant": name} | genomics.IDS | recipe.shape(name)))
+        for name in (*genomics.TITANS, *genomics.LINEAR, *genomics.WIDE)
     ]
     assert max(sizes) < 1.01 * min(sizes)
 
