@@ -42,6 +42,12 @@ def test_batches_follow_the_stages(tasks):
     assert digits == [False] * 40 + [False, True] * 20  # tasks take turns
 
 
+def test_a_stage_too_short_for_its_task_is_told_before_the_first_step(tasks):
+    needle = load_task("niah_multikey_1", byte_tokenizer())
+    with pytest.raises(ValueError, match="length=100 is too short for niah_multikey_1"):
+        TaskBatches([Stage(tasks, 4, 8, 9999), Stage([*tasks, needle], 100, 4096, 1)], seed=0)
+
+
 def test_a_step_of_texts_without_background_holds_no_more_than_asked(tmp_path):
     """Stories are of any length, and all of a step are padded to the longest."""
     story = [f"{i} Mary went to the {'very ' * (i % 40)}old park.\n" for i in range(1, 60)]
