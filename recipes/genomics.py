@@ -72,9 +72,7 @@ class Genomics(Experiment):
     def options(self, name: str, folder: Path, rate: float, seed: int) -> list[str]:
         budget = self.budget()
         steps = budget["steps"] * (CNN_STEPS if name in CNNS else 1)
-        fields = dict(self.shape(name))
         options = {
-            "--variant": fields.pop("variant", name),
             "--data.reverse_complement": budget["strands"],
             "--train.output_dir": folder,
             "--train.learning_rate": rate,
@@ -82,19 +80,19 @@ class Genomics(Experiment):
             "--train.max_steps": self.steps(steps),
             "--train.per_device_train_batch_size": budget["batch"],
             "--train.report_to": "none",
-        } | {f"--model.{key}": value for key, value in fields.items()}
+        } | {f"--model.{key}": value for key, value in self.shape(name).items()}
         pairs = [word for key, value in options.items() for word in (key, str(value))]
         return ["--data", self.args.data, *pairs]
 
     def shape(self, name: str) -> dict[str, Any]:
-        """SHAPE, and of a Titans model its own fields, with feed-forward layers that give it the
-        parameters of MAL."""
+        """SHAPE and the model's variant; of a Titans model its own fields too, with feed-forward
+        layers that give it the parameters of MAL."""
         from pytitans import TitansConfig
         from pytitans.baseline import widened
 
         fields = titans_fields(name)
         if not fields:
-            return SHAPE
+            return SHAPE | {"variant": name}
         like = TitansConfig(variant="mal", **IDS, **SHAPE)
         own = TitansConfig(**IDS, **SHAPE | fields)
         fields["intermediate_size"] = widened(own, like).intermediate_size

@@ -13,6 +13,7 @@ are those of `recipes/books.yaml`. The models of the package are those of seed 0
 
 import argparse
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,12 +56,7 @@ def needle(files: list[str], folder: Path, seed: int) -> None:
     ]  # fmt: skip
     # Several needles need gates open to each; without them, gates can close on all else.
     close = [Stage([uuid, noise, uuid, prose], 1024, 4096, steps=2000, gate_penalty=0.2)]
-    learned = folder / "learned"
-    if not (learned / "run.json").exists():
-        args = task_arguments(learned, 2e-3, seed, save_steps=0.1)
-        train_on_tasks(build("mal", SHAPE, seed), tokenizer, learn, args)
-    model = AutoModelForCausalLM.from_pretrained(learned).train()
-    train_on_tasks(model, tokenizer, close, task_arguments(folder, 1e-3, seed + 1, save_steps=0.1))
+    train_twice("mal", folder, seed, (learn, 2e-3), (close, 1e-3))
 
 
 def needles(files: list[str], folder: Path, seed: int) -> None:
@@ -104,7 +100,7 @@ def needles(files: list[str], folder: Path, seed: int) -> None:
         Stage([words], 256, 512, steps=250, fill=4096),
         Stage([aside, aside, words], 256, 512, steps=600, fill=4096),
         *(Stage([task, task, task, aside], 256, 1024, steps=300, fill=4096) for task in apart[:-1]),
-        Stage([*apart[-1:] * 3, aside], 640, 1024, steps=300, fill=4096),
+        Stage([apart[-1]] * 3 + [aside], 640, 1024, steps=300, fill=4096),
     ]
     mixed = [in_prose[2], key, query, key, prose, in_prose[3], key, value, noise]
     near = [*in_prose[:2], key, in_prose[1], key, prose]
@@ -114,12 +110,27 @@ def needles(files: list[str], folder: Path, seed: int) -> None:
         Stage(mixed, 1024, 4096, steps=400, gate_penalty=0.05),
         Stage(mixed, 1024, 4096, steps=300, gate_penalty=0.2),
     ]
+    train_twice("wide_lmm", folder, seed, (bind, 3e-3), (find, 2e-3))
+
+
+def train_twice(
+    name: str,
+    folder: Path,
+    seed: int,
+    first: tuple[Sequence[Stage], float],
+    second: tuple[Sequence[Stage], float],
+) -> None:
+    """A model of that name, trained by the first stages at their rate in `folder`/learned, and from
+    there by the second ones at theirs. The first run is made once."""
     learned = folder / "learned"
+
+    def run(model, stages: Sequence[Stage], rate: float, folder: Path, seed: int) -> None:
+        args = task_arguments(folder, rate, seed, save_steps=0.1)
+        train_on_tasks(model, byte_tokenizer(), stages, args)
+
     if not (learned / "run.json").exists():
-        args = task_arguments(learned, 3e-3, seed, save_steps=0.05)
-        train_on_tasks(build("wide_lmm", SHAPE, seed), tokenizer, bind, args)
-    model = AutoModelForCausalLM.from_pretrained(learned).train()
-    train_on_tasks(model, tokenizer, find, task_arguments(folder, 2e-3, seed + 1, save_steps=0.1))
+        run(build(name, SHAPE, seed), *first, learned, seed)
+    run(AutoModelForCausalLM.from_pretrained(learned).train(), *second, folder, seed + 1)
 
 
 def books(files: list[str], folder: Path, seed: int) -> None:

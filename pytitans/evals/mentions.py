@@ -13,7 +13,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from pytitans.evals.haystack import Haystack, continuation
-from pytitans.evals.niah import NOISE
+from pytitans.evals.niah import NOISE, turning
 from pytitans.evals.task import Example, Task, check_depth
 from pytitans.evals.words import draw_words
 
@@ -87,5 +87,5 @@ class Mentions(Task):
             hay = self.prose.cut(rng, int(rng.integers(self.gap + 1))).ids
         else:
             begin = int(rng.integers(len(self.noise)))
-            hay = np.resize(np.roll(self.noise, -begin), int(rng.integers(self.gap + 1)))
+            hay = turning(self.noise, begin, int(rng.integers(self.gap + 1)))
         return [hay, continuation(self.tokenizer, " ")]

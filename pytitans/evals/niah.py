@@ -207,7 +207,7 @@ class Passkey(Task):
         room = length - sum(len(piece) for piece in (start, needle, question, answer))
         check_room(self.name, length, room)
         shift = int(rng.integers(len(self.noise)))
-        noise = np.tile(self.noise, 1 + (shift + room) // len(self.noise))[shift : shift + room]
+        noise = turning(self.noise, shift, room)
         place = int(rng.integers(room + 1)) if depth is None else round(depth / 100 * room)
         pieces = [start, noise[:place], needle, noise[place:], question, answer]
         return Example.of_pieces(pieces, [len(pieces) - 1])
@@ -232,6 +232,11 @@ def repeated(unit: np.ndarray, places: np.ndarray, length: int) -> Hay:
     turns = -(-length // len(unit))
     every = (np.arange(turns)[:, None] * len(unit) + places).ravel()
     return Hay(np.tile(unit, turns)[:length], every[every < length])
+
+
+def turning(unit: np.ndarray, start: int, length: int) -> np.ndarray:
+    """`length` tokens of the unit again and again, from its token `start` on."""
+    return np.resize(np.roll(unit, -start), length)
 
 
 def insert(hay: Hay, needles: Sequence[np.ndarray], depths: Sequence[float] | np.ndarray):
