@@ -11,6 +11,7 @@ stages, each with longer texts, and half of the texts of a stage are shorter tha
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import numpy as np
@@ -18,13 +19,15 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.utils.data import Dataset
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerFast, TrainerCallback
+from transformers.trainer_callback import ExportableState
 
 from pytitans.data.windows import IGNORED
 from pytitans.evals.task import Example, Task, collate
 from pytitans.report import Progress, new_axes
 from pytitans.train import CURVE, TextTrainer, TrainArguments, last_checkpoint, run_trainer, save
 
+RECENT = 15  # steps that tell whether a stage is learned
 TRAINING_SEEDS = 10**6  # added to a run's seed: no text is trained on that an evaluation asks
 
 
@@ -45,6 +48,9 @@ def task_arguments(folder: str | Path, rate: float, seed: int, **changes: Any) -
 class Stage:
     """`steps` steps on tasks that take turns, on texts of `shortest` to `longest` tokens.
 
+    until: it ends before, when the loss on the answers (nats a token, the mean of its last
+        `RECENT` steps) is below; 0: `steps` steps.
+    review: this share of the steps has the tasks and lengths of an earlier stage, any of them.
     fill: tokens of a step; a step has as many texts as fit into it, one at least.
     gate_penalty: price on open gates (`pytitans.penalty`), for the last stages: in the first ones
         it would close a memory that is of no use yet for good.
@@ -56,6 +62,8 @@ class Stage:
     steps: int
     fill: int = 8192
     gate_penalty: float = 0.0
+    until: float = 0.0
+    review: float = 0.0
 
 
 class TaskBatches(Dataset):
@@ -63,25 +71,67 @@ class TaskBatches(Dataset):
 
     def __init__(self, stages: Sequence[Stage], seed: int):
         self.stages, self.seed = stages, seed
+        self.steps = [stage.steps for stage in stages]  # fewer, once a stage has ended before
         for stage in stages:  # what does not fit is told now, not in an hour
             for task in stage.tasks:
                 task.example(0, length=stage.shortest, seed=seed)
-        self.ends = np.cumsum([stage.steps for stage in stages])
 
     def __len__(self) -> int:
-        return int(self.ends[-1])
+        return sum(stage.steps for stage in self.stages)
+
+    @property
+    def ends(self) -> np.ndarray:
+        """The step before which each stage ends."""
+        return np.cumsum(self.steps)
+
+    def stage_at(self, step: int) -> int:
+        return min(int(np.searchsorted(self.ends, step, side="right")), len(self.stages) - 1)
 
     def __getitem__(self, step: int) -> dict[str, Tensor]:
-        stage = self.stages[int(np.searchsorted(self.ends, step, side="right"))]
+        number = self.stage_at(step)
+        now = stage = self.stages[number]
         seed = TRAINING_SEEDS + self.seed
         rng = np.random.default_rng([seed, step])
         whole = rng.random() < 0.5
+        reviews = number > 0 and stage.review > 0 and rng.random() < stage.review
+        if reviews:
+            stage = self.stages[int(rng.integers(number))]
         length = stage.longest if whole else int(rng.integers(stage.shortest, stage.longest + 1))
         task = stage.tasks[step % len(stage.tasks)]
         found = task.examples(stage.fill, length=length, seed=seed, first=step * stage.fill)
         ids, targets = collate(filling(found, stage.fill))
-        price = torch.tensor(stage.gate_penalty)
-        return {"input_ids": ids, "targets": targets, "price": price}
+        facts = {"price": torch.tensor(now.gate_penalty), "reviews": torch.tensor(reviews)}
+        return {"input_ids": ids, "targets": targets, **facts}
+
+
+class StageEnds(TrainerCallback, ExportableState):
+    """Ends a stage once it is learned, and knows it again when a run goes on from a checkpoint."""
+
+    def __init__(self, batches: TaskBatches):
+        self.batches = batches
+        self.losses: list[float] = []  # of this stage's steps, the last ones
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        saved: Any = state.stateful_callbacks
+        kept = saved.setdefault(type(self).__name__, self.state())["attributes"]
+        self.batches.steps, self.losses = list(kept["steps"]), list(kept["losses"])
+
+    def on_step_end(self, args, state, control, **kwargs):
+        batches, done = self.batches, state.global_step
+        number = batches.stage_at(done - 1)
+        learned = len(self.losses) == RECENT and mean(self.losses) < batches.stages[number].until
+        if learned and done + 1 < batches.ends[number]:
+            # The next batch is drawn already, before this step's loss is known.
+            batches.steps[number] -= int(batches.ends[number]) - done - 1
+        elif done == batches.ends[number]:
+            self.losses.clear()
+            control.should_training_stop |= number + 1 == len(batches.stages)
+
+    def told(self, loss: float) -> None:
+        self.losses = [*self.losses, loss][-RECENT:]
+
+    def state(self) -> dict[str, Any]:
+        return {"args": {}, "attributes": {"steps": self.batches.steps, "losses": self.losses}}
 
 
 def filling(examples: Iterable[Example], fill: int) -> list[Example]:
@@ -99,7 +149,10 @@ def filling(examples: Iterable[Example], fill: int) -> list[Example]:
 class TaskTrainer(TextTrainer):
     """The loss is the answers', and `rest` times that of all other tokens."""
 
-    rest: float = 0.1
+    def __init__(self, *args: Any, ends: StageEnds, rest: float = 0.1, **options: Any):
+        super().__init__(*args, **options)
+        self.ends, self.rest = ends, rest
+        self.add_callback(ends)
 
     def compute_loss(
         self, model, inputs, return_outputs: bool = False, num_items_in_batch=None
@@ -116,13 +169,16 @@ class TaskTrainer(TextTrainer):
             right = ~asked
             right[asked] = logits.detach()[asked].argmax(-1) == targets[asked]
             self.seen.append((answers.item(), right.all(1).float().mean().item()))
+            if not inputs["reviews"]:
+                self.ends.told(answers.item())
         loss = self.priced(model, loss, inputs["price"])
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], *args: Any, **options: Any) -> None:
         if self.seen and "loss" in logs:
             answers, exact = (sum(x) / len(x) for x in zip(*self.seen, strict=True))
-            logs |= {"answer_loss": answers, "exact": exact}
+            stage = self.ends.batches.stage_at(self.state.global_step - 1) + 1
+            logs |= {"answer_loss": answers, "exact": exact, "stage": stage}
             self.seen.clear()
         super().log(logs, *args, **options)
 
@@ -136,7 +192,8 @@ class TaskProgress(Progress):
 
     def describe(self, logs: dict[str, Any]) -> str:
         answers, exact = logs.get("answer_loss", 0.0), logs.get("exact", 0.0)
-        return f"answers: loss {answers:.3f}, all right in {exact:.0%}"
+        stage = f"stage {logs['stage']}, " if "stage" in logs else ""
+        return f"{stage}answers: loss {answers:.3f}, all right in {exact:.0%}"
 
 
 def train_on_tasks(
@@ -151,7 +208,9 @@ def train_on_tasks(
 
     rest: what a token that is no answer counts; 0 for tasks whose text is random. Steps, lengths
     and texts follow from the stages and args.seed alone, so that runs of several models see the
-    same. It goes on from a checkpoint in the folder. Returns what `run.json` holds.
+    same, unless stages end when they are learned (`Stage.until`); a learning rate that falls with
+    the steps then falls by the most there can be. It goes on from a checkpoint in the folder.
+    Returns what `run.json` holds.
 
     Raises:
         KeyboardInterrupt: stopped by SIGINT or SIGTERM; a checkpoint is saved.
@@ -162,6 +221,8 @@ def train_on_tasks(
     args.remove_unused_columns = False  # of the batch: the targets, which no model takes
     tokens = sum(stage.steps * stage.fill for stage in stages) // len(batches)
     trainer = TaskTrainer(
+        ends=StageEnds(batches),
+        rest=rest,
         model=model,
         args=args,
         gate_penalty=max(stage.gate_penalty for stage in stages),
@@ -170,7 +231,6 @@ def train_on_tasks(
         data_collator=lambda rows: rows[0],
         callbacks=[TaskProgress(1.0, tokens)],
     )
-    trainer.rest = rest
     folder = Path(args.output_dir or "")
     facts = run_trainer(trainer, last_checkpoint(folder))
     history = [log for log in trainer.state.log_history if "answer_loss" in log]
@@ -180,11 +240,13 @@ def train_on_tasks(
             {
                 "tasks": [task.name for task in s.tasks],
                 "lengths": [s.shortest, s.longest],
-                "steps": s.steps,
+                "steps": steps,
                 "fill": s.fill,
                 "gate_penalty": s.gate_penalty,
+                "until": s.until,
+                "review": s.review,
             }
-            for s in stages
+            for s, steps in zip(stages, batches.steps, strict=True)
         ],
         "history": [[log["step"], log["answer_loss"], log["exact"]] for log in history],
     }

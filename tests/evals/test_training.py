@@ -12,6 +12,7 @@ from pytitans.data.tokenizer import byte_tokenizer
 from pytitans.data.windows import IGNORED
 from pytitans.evals import load_task
 from pytitans.evals.training import (
+    RECENT,
     Stage,
     TaskBatches,
     answer_loss,
@@ -111,6 +112,54 @@ def test_goes_on_where_it_stopped(tasks, tmp_path):
     whole = run(tmp_path / "whole")
     shutil.copytree(tmp_path / "whole" / "checkpoint-6", tmp_path / "cut" / "checkpoint-6")
     cut = run(tmp_path / "cut")
+    assert all(torch.equal(whole[name], cut[name]) for name in whole)
+
+
+def test_a_share_of_the_steps_reviews_earlier_stages(tasks):
+    stages = [
+        Stage(tasks, 4, 4, 50, fill=64, review=0.5),
+        Stage(tasks, 10, 10, 50, fill=64),
+        Stage(tasks, 20, 20, 200, fill=64, review=0.5),
+    ]
+    batches = TaskBatches(stages, seed=0)
+    lengths = [batches[step]["input_ids"].shape[1] for step in range(300)]
+    assert (
+        lengths[:100] == [4] * 50 + [10] * 50
+    )  # the first has no earlier one, the second no share
+    assert 75 < lengths[100:].count(20) < 125
+    assert min(lengths[100:].count(4), lengths[100:].count(10)) > 30
+    reviews = [bool(batches[step]["reviews"]) for step in range(300)]
+    assert reviews == [step >= 100 and lengths[step] < 20 for step in range(300)]
+
+
+def test_a_stage_ends_when_it_is_learned(tasks, tmp_path):
+    """The first ends; the second, which nobody learns, has all of its steps;
+    a stop in the first changes nothing."""
+    stages = [
+        Stage(tasks[:1], 2, 3, 150, fill=256, until=0.3),
+        Stage(tasks, 30, 30, 25, fill=64, review=0.4, until=0.01),
+        Stage(tasks[:1], 2, 3, 30, fill=256, until=9.0),
+    ]
+
+    def run(folder):
+        args = task_arguments(folder, 4e-3, 0, warmup_steps=2, logging_steps=1, save_steps=20,
+                              save_total_limit=None, lr_scheduler_type="constant")  # fmt: skip
+        trained = model()
+        facts = train_on_tasks(trained, byte_tokenizer(), stages, args, rest=0.0)
+        return facts, trained.state_dict()
+
+    facts, whole = run(tmp_path / "whole")
+    steps = [stage["steps"] for stage in facts["stages"]]
+    assert RECENT < steps[0] < 150 and steps[1:] == [25, RECENT + 1]
+    assert facts["steps"] == sum(steps) == len(facts["history"])
+    losses = [line[1] for line in facts["history"][: steps[0]]]
+    recent = [sum(losses[i - RECENT : i]) / RECENT for i in range(RECENT, steps[0] + 1)]
+    assert recent[-2] < 0.3 < min(recent[:-2])  # one step more: its texts were drawn already
+
+    assert steps[0] > 20, "the checkpoint is to be before the end of the first stage"
+    shutil.copytree(tmp_path / "whole" / "checkpoint-20", tmp_path / "cut" / "checkpoint-20")
+    again, cut = run(tmp_path / "cut")
+    assert again["stages"] == facts["stages"]
     assert all(torch.equal(whole[name], cut[name]) for name in whole)
 
 
