@@ -15,11 +15,11 @@ import argparse
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from experiment import SHAPE, build
 from language import HELD_OUT, split_books
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from pytitans.data.text import TextData
 from pytitans.data.tokenizer import byte_tokenizer
@@ -56,36 +56,47 @@ def needle(files: list[str], folder: Path, seed: int) -> None:
     ]  # fmt: skip
     # Several needles need gates open to each; without them, gates can close on all else.
     close = [Stage([uuid, noise, uuid, prose], 1024, 4096, steps=2000, gate_penalty=0.2)]
-    train_twice("mal", folder, seed, (learn, 2e-3), (close, 1e-3))
+    train_in_turn(build("mal", SHAPE, seed), folder, seed, [Run(learn, 2e-3), Run(close, 1e-3)])
 
 
 def needles(files: list[str], folder: Path, seed: int) -> None:
-    """First words and numbers side by side, dozens in a text; then ever more between the two."""
+    """First words and numbers side by side, dozens in a text; then ever more between the two.
+
+    Attention sees 8 bytes while numbers stand beside their words, so that the memory binds them,
+    and 64 from there on: it brings the word across a sentence to its number (docs/log.md).
+    """
     novels, _ = split_books(files)
     tokenizer = byte_tokenizer()
 
-    def mentions(*forms: str, **options: Any) -> Mentions:
-        return Mentions(tokenizer, forms=[form + " {number}. " for form in forms], **options)
+    def mentions(*forms: str, words: tuple[int, int] = (3, 8), **options: Any) -> Mentions:
+        forms = tuple(form + " {number}. " for form in forms)
+        return Mentions(tokenizer, forms=forms, words=words, **options)
 
+    def learned(task: Mentions, shortest: int, longest: int, most: int) -> Stage:
+        return Stage([task], shortest, longest, most, fill=4096, until=0.12, review=0.25)
+
+    adjacent = [
+        Mentions(tokenizer, forms=["{word}{number} "], letters=count, digits=min(count, 3))
+        for count in (1, 2, 3, 4)
+    ]
     beside = ("{word}", "{word}:", "{word} is", "{word} is:", "{word} is now")
     far = ("{word} is:", "{word} in the text is", "{word} mentioned in the text is")
     ruler = (
         "One of the special magic numbers for {word} is:",
         "The special magic number for {word} mentioned in the provided text is",
     )
-    adjacent = [
-        Mentions(tokenizer, forms=["{word}{number} "], letters=count, digits=min(count, 3))
-        for count in (1, 2, 3, 4)
+    bind = [
+        *(learned(task, 256, 512, 600) for task in adjacent),
+        *(learned(mentions(*beside[:n], words=(2, 6)), 256, 512, 800) for n in (2, 4, 5)),
     ]
-    words = mentions(*beside[:2])
-    aside = mentions(*beside)
-    apart = [
-        mentions(*beside[2:], gap=8),
-        mentions(*far[:2], gap=20),
-        mentions(*far, gap=20, digits=4),
-        mentions(far[0], ruler[1], gap=20, digits=5),
-        mentions(*ruler, gap=30, digits=7),
-        mentions(*ruler, gap=120, digits=7, words=(3, 6)),
+    part = [
+        *(learned(mentions(*beside[:n]), 256, 512, 800) for n in (2, 4, 5)),
+        learned(mentions(*beside[2:], gap=8), 256, 1024, 600),
+        learned(mentions(*far[:2], gap=20), 256, 1024, 600),
+        learned(mentions(*far, gap=20, digits=4), 256, 1024, 600),
+        learned(mentions(far[0], ruler[1], gap=20, digits=5), 256, 1024, 600),
+        learned(mentions(*ruler, gap=30, digits=7), 256, 1024, 600),
+        learned(mentions(*ruler, gap=120, digits=7, words=(3, 6)), 640, 1024, 600),
     ]
     hay = Haystack(tokenizer, novels)
     in_prose = [
@@ -95,42 +106,46 @@ def needles(files: list[str], folder: Path, seed: int) -> None:
     noise, prose, key, value, query = (
         load_task(f"niah_{name}", tokenizer, files=novels) for name in names.split()
     )
-    bind = [
-        *(Stage([task], 256, 512, steps=200, fill=4096) for task in adjacent),
-        Stage([words], 256, 512, steps=250, fill=4096),
-        Stage([aside, aside, words], 256, 512, steps=600, fill=4096),
-        *(Stage([task, task, task, aside], 256, 1024, steps=300, fill=4096) for task in apart[:-1]),
-        Stage([apart[-1]] * 3 + [aside], 640, 1024, steps=300, fill=4096),
-    ]
     mixed = [in_prose[2], key, query, key, prose, in_prose[3], key, value, noise]
     near = [*in_prose[:2], key, in_prose[1], key, prose]
     find = [
         Stage(near, 768, 1024, steps=1800, fill=4096),
         Stage(mixed, 1024, 2048, steps=1400, fill=4096),
         Stage(mixed, 1024, 4096, steps=400, gate_penalty=0.05),
-        Stage(mixed, 1024, 4096, steps=300, gate_penalty=0.2),
+        Stage(mixed, 1024, 4096, steps=1000, gate_penalty=0.2),
     ]
-    train_twice("wide_lmm", folder, seed, (bind, 3e-3), (find, 2e-3))
+    model = build("wide_mal", SHAPE | {"window": 8}, seed)
+    runs = [Run(bind, 3e-3, STEADY), Run(part, 2e-3, STEADY, window=64), Run(find, 2e-3)]
+    train_in_turn(model, folder, seed, runs)
 
 
-def train_twice(
-    name: str,
-    folder: Path,
-    seed: int,
-    first: tuple[Sequence[Stage], float],
-    second: tuple[Sequence[Stage], float],
-) -> None:
-    """A model of that name, trained by the first stages at their rate in `folder`/learned, and from
-    there by the second ones at theirs. The first run is made once."""
-    learned = folder / "learned"
+STEADY = "constant_with_warmup"  # for stages that end when they are learned
 
-    def run(model, stages: Sequence[Stage], rate: float, folder: Path, seed: int) -> None:
-        args = task_arguments(folder, rate, seed, save_steps=0.1)
-        train_on_tasks(model, byte_tokenizer(), stages, args)
 
-    if not (learned / "run.json").exists():
-        run(build(name, SHAPE, seed), *first, learned, seed)
-    run(AutoModelForCausalLM.from_pretrained(learned).train(), *second, folder, seed + 1)
+class Run(NamedTuple):
+    """Stages at one schedule of the rate. window: of attention, where it changes."""
+
+    stages: Sequence[Stage]
+    rate: float
+    schedule: str = "cosine"
+    window: int | None = None
+
+
+def train_in_turn(model: PreTrainedModel, folder: Path, seed: int, runs: Sequence[Run]) -> None:
+    """The last run in `folder`, the others in `folder`/part1, part2, ... Each is made once, and
+    the next goes on from its weights."""
+    for number, run in enumerate(runs):
+        last = number + 1 == len(runs)
+        into = folder if last else folder / f"part{number + 1}"
+        if number:
+            changes = {"window": run.window} if run.window else {}
+            before = folder / f"part{number}"
+            model = AutoModelForCausalLM.from_pretrained(before, **changes).train()
+        if last or not (into / "run.json").exists():
+            args = task_arguments(
+                into, run.rate, seed + number, lr_scheduler_type=run.schedule, save_steps=0.1
+            )
+            train_on_tasks(model, byte_tokenizer(), run.stages, args)
 
 
 def books(files: list[str], folder: Path, seed: int) -> None:
