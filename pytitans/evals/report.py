@@ -291,17 +291,20 @@ def plot_depths(task: str, row: str, results: Sequence[dict[str, Any]], path: Pa
 
 
 def plot_positions(runs: Runs, path: Path) -> Path:
-    """Bits per byte over position, each bin at its end."""
-    figure, axes = new_axes(7, 4.2, xlabel="tokens read", ylabel="bits per byte", title="positions")
+    """Bits per byte over position, each bin at its end; of several runs the mean, and each of them
+    as a thin line."""
+    figure, axes = new_axes(7, 5.4, xlabel="tokens read", ylabel="bits per byte", title="positions")
     for (line, colour), (row, results) in zip(cycle(LOOKS), runs.items(), strict=False):
-        for number, result in enumerate(results):
-            bins = by_position(result["cells"])
-            x = [part["last"] + 1 for part in bins]
-            y = [part["bits_per_byte"] for part in bins]
-            axes.plot(
-                x, y, f"o{line}", color=colour, markersize=3, alpha=0.8,
-                label=None if number else row,
-            )  # fmt: skip
+        curves = [
+            {part["last"] + 1: part["bits_per_byte"] for part in by_position(result["cells"])}
+            for result in results
+        ]
+        x = sorted(set().union(*curves))
+        means = [spread([curve.get(last) for curve in curves]) for last in x]
+        y = [mean[0] if mean else math.nan for mean in means]
+        axes.plot(x, y, f"o{line}", color=colour, markersize=3.5, label=row, zorder=3)
+        for curve in curves if len(curves) > 1 else ():
+            axes.plot(curve.keys(), curve.values(), line, color=colour, linewidth=0.6, alpha=0.25)
     axes.set_xscale("log", base=2)
     ticks = sorted(
         {p["last"] + 1 for f in runs.values() for r in f for p in by_position(r["cells"])}
