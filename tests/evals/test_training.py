@@ -133,11 +133,11 @@ def test_a_share_of_the_steps_reviews_earlier_stages(tasks):
 
 
 def test_a_stage_ends_when_it_is_learned(tasks, tmp_path):
-    """The first ends; the second, which nobody learns, has all of its steps;
-    a stop in the first changes nothing."""
+    """The first ends; the second, which nobody learns, has all of its steps, however little the
+    texts of the first cost that it reviews; a stop in the first changes nothing."""
     stages = [
         Stage(tasks[:1], 2, 3, 150, fill=256, until=0.3),
-        Stage(tasks, 30, 30, 25, fill=64, review=0.4, until=0.01),
+        Stage(tasks, 30, 30, 25, fill=64, review=0.9, until=0.4),
         Stage(tasks[:1], 2, 3, 30, fill=256, until=9.0),
     ]
 
