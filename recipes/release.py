@@ -107,9 +107,9 @@ def needles(files: list[str], folder: Path, seed: int) -> None:
         load_task(f"niah_{name}", tokenizer, files=novels) for name in names.split()
     )
     mixed = [in_prose[2], key, query, key, prose, in_prose[3], key, value, noise]
-    near = [*in_prose[:2], key, in_prose[1], key, prose]
-    find = [
-        Stage(near, 768, 1024, steps=1800, fill=4096),
+    near = [*in_prose[:2], key, in_prose[1], *in_prose[:2], key, prose]
+    find = [  # seven digits are right together only once each is nearly sure
+        Stage(near, 768, 1024, steps=4500, fill=4096),
         Stage(mixed, 1024, 2048, steps=1400, fill=4096),
         Stage(mixed, 1024, 4096, steps=400, gate_penalty=0.05),
         Stage(mixed, 1024, 4096, steps=1000, gate_penalty=0.2),
