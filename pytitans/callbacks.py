@@ -4,6 +4,7 @@ outlives it, and checkpoints that generate with a cache."""
 import json
 import signal
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,7 +27,26 @@ class KeepCacheOn(TrainerCallback):
             )
 
 
-class Clock(TrainerCallback, ExportableState):
+class Kept(TrainerCallback, ExportableState, ABC):
+    """A callback whose `attributes` (plain values) a checkpoint keeps, and a run that goes on from
+    it is given again, before it begins."""
+
+    @abstractmethod
+    def attributes(self) -> dict[str, Any]: ...
+
+    @abstractmethod
+    def restore(self, attributes: dict[str, Any]) -> None: ...
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        saved: Any = state.stateful_callbacks  # a checkpoint's, where there is one
+        kept = saved.setdefault(type(self).__name__, self.state())  # without, it cannot be saved
+        self.restore(kept["attributes"])
+
+    def state(self) -> dict[str, Any]:
+        return {"args": {}, "attributes": self.attributes()}
+
+
+class Clock(Kept):
     """Seconds of training, those that led to the checkpoint it goes on from included."""
 
     def __init__(self) -> None:
@@ -36,13 +56,11 @@ class Clock(TrainerCallback, ExportableState):
     def seconds(self) -> float:
         return time.perf_counter() - self.began
 
-    def on_train_begin(self, args, state, control, **kwargs):
-        saved: Any = state.stateful_callbacks  # a checkpoint's, where there is one
-        kept = saved.setdefault(type(self).__name__, self.state())  # without, it cannot be saved
-        self.began = time.perf_counter() - kept["attributes"]["seconds"]
+    def attributes(self) -> dict[str, Any]:
+        return {"seconds": self.seconds}
 
-    def state(self) -> dict[str, Any]:
-        return {"args": {}, "attributes": {"seconds": self.seconds}}
+    def restore(self, attributes: dict[str, Any]) -> None:
+        self.began = time.perf_counter() - attributes["seconds"]
 
 
 class StopOnSignal(TrainerCallback):

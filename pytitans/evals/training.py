@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.utils.data import Dataset
-from transformers import PreTrainedModel, PreTrainedTokenizerFast, TrainerCallback
-from transformers.trainer_callback import ExportableState
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from pytitans.callbacks import Kept
 from pytitans.data.windows import IGNORED
 from pytitans.evals.task import Example, Task, collate
 from pytitans.report import Progress, new_axes
@@ -54,6 +54,9 @@ class Stage:
     fill: tokens of a step; a step has as many texts as fit into it, one at least.
     gate_penalty: price on open gates (`pytitans.penalty`), for the last stages: in the first ones
         it would close a memory that is of no use yet for good.
+
+    Raises:
+        ValueError: a field out of its bounds.
     """
 
     tasks: Sequence[Task]
@@ -64,6 +67,20 @@ class Stage:
     gate_penalty: float = 0.0
     until: float = 0.0
     review: float = 0.0
+
+    def __post_init__(self):
+        wanted = {
+            "tasks, one at least": len(self.tasks) > 0,
+            "0 <= shortest <= longest": 0 <= self.shortest <= self.longest,
+            "steps > 0": self.steps > 0,
+            "fill > 0": self.fill > 0,
+            "gate_penalty >= 0": self.gate_penalty >= 0,
+            "until >= 0": self.until >= 0,
+            "0 <= review < 1": 0 <= self.review < 1,
+        }
+        missed = [what for what, holds in wanted.items() if not holds]
+        if missed:
+            raise ValueError(f"a stage is to have {' and '.join(missed)}; this is {self}")
 
 
 class TaskBatches(Dataset):
@@ -104,17 +121,12 @@ class TaskBatches(Dataset):
         return {"input_ids": ids, "targets": targets, **facts}
 
 
-class StageEnds(TrainerCallback, ExportableState):
+class StageEnds(Kept):
     """Ends a stage once it is learned, and knows it again when a run goes on from a checkpoint."""
 
     def __init__(self, batches: TaskBatches):
         self.batches = batches
         self.losses: list[float] = []  # of this stage's steps, the last ones
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        saved: Any = state.stateful_callbacks
-        kept = saved.setdefault(type(self).__name__, self.state())["attributes"]
-        self.batches.steps, self.losses = list(kept["steps"]), list(kept["losses"])
 
     def on_step_end(self, args, state, control, **kwargs):
         batches, done = self.batches, state.global_step
@@ -130,8 +142,11 @@ class StageEnds(TrainerCallback, ExportableState):
     def told(self, loss: float) -> None:
         self.losses = [*self.losses, loss][-RECENT:]
 
-    def state(self) -> dict[str, Any]:
-        return {"args": {}, "attributes": {"steps": self.batches.steps, "losses": self.losses}}
+    def attributes(self) -> dict[str, Any]:
+        return {"steps": self.batches.steps, "losses": self.losses}
+
+    def restore(self, attributes: dict[str, Any]) -> None:
+        self.batches.steps, self.losses = list(attributes["steps"]), list(attributes["losses"])
 
 
 def filling(examples: Iterable[Example], fill: int) -> list[Example]:
@@ -188,12 +203,21 @@ class TaskTrainer(TextTrainer):
 
 
 class TaskProgress(Progress):
-    """A bar with the loss on the answers, and the share of texts with all of them right."""
+    """A bar with the loss on the answers, and the share of texts with all of them right; it gets
+    shorter as stages end before their last step."""
+
+    def __init__(self, batches: TaskBatches):
+        super().__init__(1.0, sum(s.steps * s.fill for s in batches.stages) // len(batches))
+        self.batches = batches
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.bar is not None:
+            self.bar.total = int(self.batches.ends[-1])
+        super().on_step_end(args, state, control, **kwargs)
 
     def describe(self, logs: dict[str, Any]) -> str:
-        answers, exact = logs.get("answer_loss", 0.0), logs.get("exact", 0.0)
-        stage = f"stage {logs['stage']}, " if "stage" in logs else ""
-        return f"{stage}answers: loss {answers:.3f}, all right in {exact:.0%}"
+        answers = f"answers: loss {logs['answer_loss']:.3f}, all right in {logs['exact']:.0%}"
+        return f"stage {logs['stage']}, {answers}"
 
 
 def train_on_tasks(
@@ -219,7 +243,6 @@ def train_on_tasks(
     args.max_steps, args.eval_strategy = len(batches), "no"
     args.per_device_train_batch_size = 1  # a batch is ready-made
     args.remove_unused_columns = False  # of the batch: the targets, which no model takes
-    tokens = sum(stage.steps * stage.fill for stage in stages) // len(batches)
     trainer = TaskTrainer(
         ends=StageEnds(batches),
         rest=rest,
@@ -229,7 +252,7 @@ def train_on_tasks(
         train_dataset=batches,
         processing_class=tokenizer,
         data_collator=lambda rows: rows[0],
-        callbacks=[TaskProgress(1.0, tokens)],
+        callbacks=[TaskProgress(batches)],
     )
     folder = Path(args.output_dir or "")
     facts = run_trainer(trainer, last_checkpoint(folder))

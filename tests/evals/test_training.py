@@ -15,6 +15,7 @@ from pytitans.evals.training import (
     RECENT,
     Stage,
     TaskBatches,
+    TaskProgress,
     answer_loss,
     task_arguments,
     train_on_tasks,
@@ -41,6 +42,22 @@ def test_batches_follow_the_stages(tasks):
         assert batch["input_ids"].shape[0] == (64 if step < 40 else 100) // lengths[step]
     digits = [bool(batch["input_ids"].max() > 1) for batch in batches]
     assert digits == [False] * 40 + [False, True] * 20  # tasks take turns
+
+
+@pytest.mark.parametrize(
+    "bad, told",
+    [
+        ({"shortest": 9}, "0 <= shortest <= longest; this is"),
+        ({"steps": 0, "review": 1.0}, "steps > 0 and 0 <= review < 1; this is .*review=1.0"),
+        ({"until": -0.1}, "until >= 0"),
+        ({"gate_penalty": -1.0}, "gate_penalty >= 0"),
+        ({"fill": 0}, "fill > 0"),
+        ({"tasks": []}, "tasks, one at least"),
+    ],
+)
+def test_a_stage_out_of_its_bounds_is_told(tasks, bad, told):
+    with pytest.raises(ValueError, match=f"a stage is to have {told}"):
+        Stage(**{"tasks": tasks, "shortest": 4, "longest": 8, "steps": 40} | bad)
 
 
 def test_a_stage_too_short_for_its_task_is_told_before_the_first_step(tasks):
@@ -132,7 +149,7 @@ def test_a_share_of_the_steps_reviews_earlier_stages(tasks):
     assert reviews == [step >= 100 and lengths[step] < 20 for step in range(300)]
 
 
-def test_a_stage_ends_when_it_is_learned(tasks, tmp_path):
+def test_a_stage_ends_when_it_is_learned(tasks, tmp_path, monkeypatch):
     """The first ends; the second, which nobody learns, has all of its steps, however little the
     texts of the first cost that it reviews; a stop in the first changes nothing."""
     stages = [
@@ -140,6 +157,11 @@ def test_a_stage_ends_when_it_is_learned(tasks, tmp_path):
         Stage(tasks, 30, 30, 25, fill=64, review=0.9, until=0.4),
         Stage(tasks[:1], 2, 3, 30, fill=256, until=9.0),
     ]
+
+    totals = []
+    monkeypatch.setattr(
+        TaskProgress, "on_train_end", lambda self, *_, **__: totals.append(self.bar.total)
+    )
 
     def run(folder):
         args = task_arguments(folder, 4e-3, 0, warmup_steps=2, logging_steps=1, save_steps=20,
@@ -151,7 +173,7 @@ def test_a_stage_ends_when_it_is_learned(tasks, tmp_path):
     facts, whole = run(tmp_path / "whole")
     steps = [stage["steps"] for stage in facts["stages"]]
     assert RECENT < steps[0] < 150 and steps[1:] == [25, RECENT + 1]
-    assert facts["steps"] == sum(steps) == len(facts["history"])
+    assert facts["steps"] == sum(steps) == len(facts["history"]) == totals[0]
     losses = [line[1] for line in facts["history"][: steps[0]]]
     recent = [sum(losses[i - RECENT : i]) / RECENT for i in range(RECENT, steps[0] + 1)]
     assert recent[-2] < 0.3 < min(recent[:-2])  # one step more: its texts were drawn already
