@@ -310,3 +310,13 @@ def run_experiment(
     for failure in failures:
         print(failure, file=sys.stderr)
     return 1 if failures else 0
+
+
+def with_earlier(
+    before: Sequence[dict[str, Any]], now: Sequence[dict[str, Any]], *keys: str
+) -> list[dict[str, Any]]:
+    """The scores of a results file that was there, but for models whose runs are here: what was run
+    elsewhere stays in the table. keys: what says whose a score is."""
+    here = {tuple(score[key] for key in keys) for score in now}
+    kept = [score for score in before if tuple(score[key] for key in keys) not in here]
+    return [*kept, *now]

@@ -24,7 +24,7 @@ import statistics
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from experiment import Experiment, run_experiment
+from experiment import Experiment, run_experiment, with_earlier
 
 HORIZONS = (96, 192, 336, 720)
 MODELS = (
@@ -195,17 +195,6 @@ def found_cells(experiment: Forecasting, output: Path) -> list[dict[str, Any]]:
     return cells
 
 
-def with_earlier(before: list[dict[str, Any]], cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The scores of results that were there, but for models whose runs are here: what was run
-    elsewhere stays in the table."""
-
-    def model(cell: dict[str, Any]) -> tuple:
-        return cell["model"], cell["context_length"]
-
-    here = {model(cell) for cell in cells}
-    return [*(cell for cell in before if model(cell) not in here), *cells]
-
-
 def report(experiment: Forecasting, output: Path, results: Path) -> None:
     """NAME.json with every score, and NAME.md with the table of the test rows. Models that are in
     NAME.json already and have no runs here stay in both."""
@@ -218,7 +207,7 @@ def report(experiment: Forecasting, output: Path, results: Path) -> None:
     results.mkdir(parents=True, exist_ok=True)
     path, sweep = results / f"{experiment.args.name}.json", output / "results" / "sweep.json"
     before = json.loads(path.read_text()) if path.exists() else {"sweep": {}, "cells": []}
-    cells = with_earlier(before["cells"], cells)
+    cells = with_earlier(before["cells"], cells, "model", "context_length")
     found = {
         "version": VERSION, "task": "forecast", "series": experiment.args.name,
         "software": describe_software(),

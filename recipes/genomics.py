@@ -24,7 +24,15 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from experiment import LINEAR, TITANS, WIDE, Experiment, run_experiment, titans_fields
+from experiment import (
+    LINEAR,
+    TITANS,
+    WIDE,
+    Experiment,
+    run_experiment,
+    titans_fields,
+    with_earlier,
+)
 
 CNNS = ("cnn", "cnn_wide")
 MODELS = (*TITANS, *LINEAR, *WIDE, "llama", "mamba2_hf", "gated_deltanet", *CNNS)
@@ -148,7 +156,8 @@ def spread(values: list[float]) -> str:
 
 
 def report(experiment: Genomics, output: Path, results: Path) -> None:
-    """NAME.json with every score, and NAME.md with the table of the test set."""
+    """NAME.json with every score, and NAME.md with the table of the test set. Models that are in
+    NAME.json already and have no runs here stay in both, if they had the same budget."""
     from pytitans.evals.results import describe_software
 
     rows, name = found_rows(experiment, output), experiment.args.name
@@ -156,15 +165,21 @@ def report(experiment: Genomics, output: Path, results: Path) -> None:
         return
     one = next((output / "results").glob("test-*.json"))
     test = json.loads(one.read_text())
-    sweep = output / "results" / "sweep.json"
+    path, sweep = results / f"{name}.json", output / "results" / "sweep.json"
+    budget = {"budget": experiment.budget(), "share": experiment.args.share}
+    before = json.loads(path.read_text()) if path.exists() else {}
+    if any(before.get(key) != value for key, value in budget.items()):
+        before = {"sweep": {}, "rows": []}
+    rows = with_earlier(before["rows"], rows, "model")
     found = {
         "task": "dna", "name": name, "data": experiment.args.data, "split": test["sets"],
-        "test_sequences": test["sequences"], "titans": SHAPE, "budget": experiment.budget(),
-        "share": experiment.args.share, "software": describe_software(),
-        "sweep": json.loads(sweep.read_text()) if sweep.exists() else {}, "rows": rows,
+        "test_sequences": test["sequences"], "titans": SHAPE, **budget,
+        "software": describe_software(),
+        "sweep": before["sweep"] | (json.loads(sweep.read_text()) if sweep.exists() else {}),
+        "rows": rows,
     }  # fmt: skip
     results.mkdir(parents=True, exist_ok=True)
-    (results / f"{name}.json").write_text(json.dumps(found, indent=1) + "\n")
+    path.write_text(json.dumps(found, indent=1) + "\n")
     seeds = sorted({seed for row in rows for seed in row["seeds"]})
     text = (
         f"# {name}\n\n{test['sequences']:,} test sequences ({test['sets']}); other strand: "

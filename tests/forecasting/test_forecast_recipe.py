@@ -59,8 +59,9 @@ def test_scores_of_models_that_were_run_elsewhere_stay():
 
     before = [cell("lmm", 336, 0, 1.0), cell("lmm", 720, 0, 2.0), cell("lmm", 720, 1, 3.0)]
     now = [cell("lmm", 720, 0, 4.0)]
-    assert forecasting.with_earlier(before, now) == [before[0], *now]
-    assert forecasting.with_earlier([], now) == now
+    keys = "model", "context_length"
+    assert forecasting.with_earlier(before, now, *keys) == [before[0], *now]
+    assert forecasting.with_earlier([], now, *keys) == now
 
 
 def test_windows_kept_without_the_last_batch():

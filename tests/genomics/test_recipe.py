@@ -63,6 +63,15 @@ def test_from_data_to_table(table, tmp_path, monkeypatch, capsys):
     after = {path: path.stat().st_mtime_ns for path in before if path.stem != "sweep"}
     assert after == {path: time for path, time in before.items() if path.stem != "sweep"}
 
+    elsewhere = [row | {"model": "mal"} for row in found["rows"][:1]]
+    for share, kept in ((1.0, ["mal", "lmm", "cnn"]), (0.5, ["lmm", "cnn"])):
+        (results / "toy.json").write_text(json.dumps(found | {"rows": elsewhere, "share": share}))
+        monkeypatch.setattr(sys, "argv", [*argv, "--report"])
+        assert genomics.main() == 0
+        now = json.loads((results / "toy.json").read_text())
+        assert [row["model"] for row in now["rows"]] == kept
+        assert ("| mal |" in (results / "toy.md").read_text()) is (len(kept) == 3)
+
 
 def test_the_table_has_means_and_deviations_best_first():
     row = {"parameters": 1000, "learning_rate": 2e-3, "seconds": [60, 120]}
