@@ -56,7 +56,7 @@ SHAPE = {
 def all_models() -> tuple[str, ...]:
     from pytitans.baseline import BASELINES
 
-    return (*TITANS, *BASELINES)
+    return (*TITANS, *BASELINES, *LINEAR, *WIDE)
 
 
 def build(name: str, shape: dict[str, Any], seed: int, **changes: Any):

@@ -19,7 +19,7 @@ import glob
 from pathlib import Path
 
 import yaml
-from experiment import LINEAR, SHAPE, WHOLE, WIDE, Experiment, all_models, build, run
+from experiment import SHAPE, WHOLE, Experiment, all_models, build, run
 
 from pytitans.data.text import TextData
 from pytitans.data.tokenizer import byte_tokenizer
@@ -41,7 +41,7 @@ def split_books(files: list[str]) -> tuple[list[str], list[str]]:
 
 
 class Language(Experiment):
-    models = (*all_models(), *LINEAR, *WIDE)
+    models = all_models()
 
     def build(self, name: str, seed: int):
         return build(name, SHAPE | {"window": 128, "segment_len": 128}, seed)

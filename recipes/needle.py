@@ -13,7 +13,7 @@ kept: `recipes/experiment.py`.
 import argparse
 from pathlib import Path
 
-from experiment import LINEAR, SHAPE, WHOLE, WIDE, Experiment, all_models, build, lengths_to, run
+from experiment import SHAPE, WHOLE, Experiment, all_models, build, lengths_to, run
 
 from pytitans.data.tokenizer import byte_tokenizer
 from pytitans.evals import load_task
@@ -24,7 +24,7 @@ SHORT, LONG = ("1K", "2K", "4K", "8K", "16K", "64K"), ("256K", "1M", "2M", "4M")
 
 
 class Needle(Experiment):
-    models = (*all_models(), *LINEAR, *WIDE)
+    models = all_models()
 
     def train(self, name: str, folder: Path, rate: float, seed: int) -> float:
         tokenizer = byte_tokenizer()

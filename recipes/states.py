@@ -16,7 +16,7 @@ memory of one layer, `chunk16_lmm` the chunks that it has elsewhere. How runs ar
 import argparse
 from pathlib import Path
 
-from experiment import LINEAR, SHAPE, TITANS, WIDE, Experiment, all_models, build, run
+from experiment import SHAPE, TITANS, Experiment, all_models, build, run
 
 from pytitans.data.tokenizer import byte_tokenizer
 from pytitans.evals import load_task
@@ -28,7 +28,7 @@ LENGTHS = ("64", "128", "256", "1K")
 
 
 class States(Experiment):
-    models = (*all_models(), *LINEAR, *WIDE, CHUNK16)
+    models = (*all_models(), CHUNK16)
 
     def build(self, name: str, seed: int):
         if name == CHUNK16:
