@@ -9,12 +9,11 @@ A model is VARIANT@LOOKBACK, as lmm@96, mac@336, dlinear@96; lmm@96+672 reads 67
 its memory alone while it is trained, and is also tested with a memory that has read the whole
 series up to the look-back ("carried"). The protocol is `pytitans/data/series.py`'s.
 
-Nothing is chosen by the test rows: the learning rate of a model is the one of three with which it
-has the lowest validation MSE at seed 0, at each horizon of a small series, at the shortest of a
-large one, and each run keeps the weights of its lowest validation loss. That is the Huber loss, for
-all but PatchTST, whose class has MSE. All is below --output, one folder a run; a stopped recipe
-goes on with the same command. The table and all scores go to --results/NAME.md and NAME.json. How
-runs are kept: `recipes/experiment.py`.
+Nothing is chosen by the test rows: the learning rate of a model is at each horizon the one of three
+with which it has the lowest validation MSE at seed 0, and each run keeps the weights of its lowest
+validation loss. That is the Huber loss, for all but PatchTST, whose class has MSE. All is below
+--output, one folder a run; a stopped recipe goes on with the same command. The table and all scores
+go to --results/NAME.md and NAME.json. How runs are kept: `recipes/experiment.py`.
 """
 
 import argparse
@@ -162,12 +161,6 @@ class Forecasting(Experiment):
 
     def evaluations(self, name: str) -> dict[str, list[str]]:
         return {}  # the runs score themselves
-
-    def swept(self, name: str) -> str:
-        """At each horizon of a small series, whose far ones overfit sooner."""
-        if self.size == "small":
-            return name
-        return f"{name.rpartition('-h')[0]}-h{min(self.args.horizons)}"
 
     def rates(self, name: str) -> tuple[float, ...]:
         return self.args.rates or RATES.get(Name.of(name).variant, TITANS_RATES)

@@ -26,8 +26,7 @@ def test_names_and_who_is_swept():
     )  # fmt: skip
     assert forecasting.Name.of("lmm@96+672-h192") == ("lmm", 96, 672, 192)
     assert forecasting.Name.of("dlinear@336-h96") == ("dlinear", 336, 0, 96)
-    assert made.swept("lmm@96+672-h192") == "lmm@96+672-h96"
-    assert make(rows=17_420).swept("lmm@96+672-h192") == "lmm@96+672-h192"
+    assert made.swept("lmm@96+672-h192") == "lmm@96+672-h192"  # each horizon has its own rate
     assert len(made.rates("lmm@96+672-h96")) == len(made.rates("dlinear@336-h96")) == 3
     assert made.budget(True, "large")["max_steps"] == 200
     assert make(rows=17_420).budget(True, "small")["max_steps"] == 80
