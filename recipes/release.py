@@ -112,7 +112,9 @@ def needles(files: list[str], folder: Path, seed: int) -> None:
         Stage(near, 768, 1024, steps=4500, fill=4096),
         Stage(mixed, 1024, 2048, steps=1400, fill=4096),
         Stage(mixed, 1024, 4096, steps=400, gate_penalty=0.05),
-        Stage(mixed, 1024, 4096, steps=1000, gate_penalty=0.2),
+        # A high price closes gates and costs bindings, which come back at a low one.
+        Stage(mixed, 1024, 4096, steps=270, gate_penalty=0.2),
+        Stage(mixed, 1024, 4096, steps=730, gate_penalty=0.05),
     ]
     model = build("wide_mal", SHAPE | {"window": 8}, seed)
     runs = [Run(bind, 3e-3, STEADY), Run(part, 2e-3, STEADY, window=64), Run(find, 2e-3)]
