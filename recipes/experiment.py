@@ -312,6 +312,12 @@ def run_experiment(
     return 1 if failures else 0
 
 
+def sweeps(before: dict[str, Any], output: Path) -> dict[str, Any]:
+    """The sweep of a results file that was there, and over it that of the runs in `output`."""
+    path = output / "results" / "sweep.json"
+    return before["sweep"] | (json.loads(path.read_text()) if path.exists() else {})
+
+
 def with_earlier(
     before: Sequence[dict[str, Any]], now: Sequence[dict[str, Any]], *keys: str
 ) -> list[dict[str, Any]]:

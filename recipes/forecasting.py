@@ -23,7 +23,7 @@ import statistics
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from experiment import Experiment, run_experiment, with_earlier
+from experiment import Experiment, run_experiment, sweeps, with_earlier
 
 HORIZONS = (96, 192, 336, 720)
 MODELS = (
@@ -198,14 +198,14 @@ def report(experiment: Forecasting, output: Path, results: Path) -> None:
     if not cells:
         return
     results.mkdir(parents=True, exist_ok=True)
-    path, sweep = results / f"{experiment.args.name}.json", output / "results" / "sweep.json"
+    path = results / f"{experiment.args.name}.json"
     before = json.loads(path.read_text()) if path.exists() else {"sweep": {}, "cells": []}
     cells = with_earlier(before["cells"], cells, "model", "context_length")
     found = {
         "version": VERSION, "task": "forecast", "series": experiment.args.name,
         "software": describe_software(),
         "titans": TITANS,
-        "sweep": before["sweep"] | (json.loads(sweep.read_text()) if sweep.exists() else {}),
+        "sweep": sweeps(before, output),
         "cells": cells,
     }  # fmt: skip
     path.write_text(json.dumps(found, indent=1) + "\n")

@@ -30,6 +30,7 @@ from experiment import (
     WIDE,
     Experiment,
     run_experiment,
+    sweeps,
     titans_fields,
     with_earlier,
 )
@@ -165,7 +166,7 @@ def report(experiment: Genomics, output: Path, results: Path) -> None:
         return
     one = next((output / "results").glob("test-*.json"))
     test = json.loads(one.read_text())
-    path, sweep = results / f"{name}.json", output / "results" / "sweep.json"
+    path = results / f"{name}.json"
     budget = {"budget": experiment.budget(), "share": experiment.args.share}
     before = json.loads(path.read_text()) if path.exists() else {}
     if any(before.get(key) != value for key, value in budget.items()):
@@ -175,7 +176,7 @@ def report(experiment: Genomics, output: Path, results: Path) -> None:
         "task": "dna", "name": name, "data": experiment.args.data, "split": test["sets"],
         "test_sequences": test["sequences"], "titans": SHAPE, **budget,
         "software": describe_software(),
-        "sweep": before["sweep"] | (json.loads(sweep.read_text()) if sweep.exists() else {}),
+        "sweep": sweeps(before, output),
         "rows": rows,
     }  # fmt: skip
     results.mkdir(parents=True, exist_ok=True)
