@@ -6,7 +6,7 @@
 
 `needle` finds a number or a UUID in long texts (RULER's S-NIAH-1 to 3), `books` predicts the bytes
 of English novels. `needles` is to tell which of several numbers is asked for (MK-NIAH-1, MV- and
-MQ-NIAH); it can in half to three quarters of the texts and is not released (docs/log.md).
+MQ-NIAH); earlier forms of its stages could in 40 to 75 % of the texts, and it is not released (docs/log.md).
 Each takes one to two hours of one core, or less, and goes on where it was stopped. The books held
 out are those of `recipes/books.yaml`. The models of the package are those of seed 0.
 """
@@ -111,7 +111,7 @@ def needles(files: list[str], folder: Path, seed: int) -> None:
     find = [  # seven digits are right together only once each is nearly sure
         Stage(near, 768, 1024, steps=4500, fill=4096),
         Stage(mixed, 1024, 2048, steps=1400, fill=4096),
-        Stage(mixed, 1024, 4096, steps=1000, gate_penalty=0.05),  # 0.2 costs bindings: docs/log.md
+        Stage(mixed, 1024, 4096, steps=1000, gate_penalty=0.05),  # not 0.2: see docs/log.md
     ]
     model = build("wide_mal", SHAPE | {"window": 8}, seed)
     runs = [Run(bind, 3e-3, STEADY), Run(part, 2e-3, STEADY, window=64), Run(find, 2e-3)]
