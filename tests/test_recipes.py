@@ -110,3 +110,14 @@ def test_steps_are_a_share_and_lengths_end_where_asked():
     assert Fake().steps(300) == 150 and Fake().steps(1) == 1
     assert experiment.lengths_to(("1K", "16K", "1M"), 2**16, whole=False) == ["1K", "16K"]
     assert experiment.lengths_to(("1K", "16K", "64K"), 2**20, whole=True) == ["1K", "16K"]
+
+
+def test_scores_of_models_that_were_run_elsewhere_stay():
+    def cell(model, context, seed, mse):
+        return {"model": model, "context_length": context, "seed": seed, "mse": mse}
+
+    before = [cell("lmm", 336, 0, 1.0), cell("lmm", 720, 0, 2.0), cell("lmm", 720, 1, 3.0)]
+    now = [cell("lmm", 720, 0, 4.0)]
+    keys = "model", "context_length"
+    assert experiment.with_earlier(before, now, *keys) == [before[0], *now]
+    assert experiment.with_earlier([], now, *keys) == now

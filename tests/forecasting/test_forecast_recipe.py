@@ -52,17 +52,6 @@ def test_spread_is_over_seeds_alone():
     assert forecasting.spread(cells[1:]) == "One seed."
 
 
-def test_scores_of_models_that_were_run_elsewhere_stay():
-    def cell(model, context, seed, mse):
-        return {"model": model, "context_length": context, "seed": seed, "mse": mse}
-
-    before = [cell("lmm", 336, 0, 1.0), cell("lmm", 720, 0, 2.0), cell("lmm", 720, 1, 3.0)]
-    now = [cell("lmm", 720, 0, 4.0)]
-    keys = "model", "context_length"
-    assert forecasting.with_earlier(before, now, *keys) == [before[0], *now]
-    assert forecasting.with_earlier([], now, *keys) == now
-
-
 def test_windows_kept_without_the_last_batch():
     assert [dropped_batch.kept(2545, size) for size in dropped_batch.SIZES] == [
         2545,
