@@ -59,6 +59,8 @@ class Babilong(Task):
         folder: "en-10k" (BABILong's: 10,000 questions to train on) or "en" (1,000).
         indexes: JSON of the questions to test, as BABILong's babilong_test_100_idxs.json, in the
             order of its examples; without it they are drawn.
+        whole: an example is a story with all its questions, each asked where bAbI asks it: to
+            train on, where one question at the end of a text teaches little.
     """
 
     def __init__(
@@ -71,46 +73,61 @@ class Babilong(Task):
         split: Literal["test", "train"] = "test",
         folder: Literal["en", "en-10k"] = "en-10k",
         indexes: str | Path | None = None,
+        whole: bool = False,
     ):
+        if whole and indexes is not None:
+            raise ValueError("indexes are of single questions, and whole=True asks for stories")
         self.name, self.tokenizer = name, tokenizer
         self.background = Haystack(tokenizer, files)
         self.facts: dict[str, np.ndarray] = {}
         task = name.removeprefix("babilong_")
-        self.questions = questions_of(read_babi(babi, folder, task, split))
+        stories = stories_of(read_babi(babi, folder, task, split))
+        self.questions = [question for story in stories for question in story]
+        self.stories = stories if whole else [[question] for question in self.questions]
         self.indexes = None if indexes is None else json.loads(Path(indexes).read_text())[task]
         self.chance = 1 / len({question.answer for question in self.questions})
 
     def draw(self, rng, index, length, depth) -> Example:
         check_depth(self, depth)
-        question, facts = self.question(rng, index, length)
-        ask = continuation(self.tokenizer, f"\n{question.question}\nAnswer:")
-        answer = continuation(self.tokenizer, f" {question.answer}")
-        start = start_of(self.tokenizer)
-        used = sum(len(piece) for piece in (start, *facts, ask, answer))
+        story = self.story(rng, index, length)
+        facts = [self.fact(fact) for fact in story[-1].facts]
+        used = self.size_of(story)
         if length and used > length:
             raise ValueError(f"length={length} is too short for {self.name}: it takes {used} here")
         background = self.sentences(rng, length - used) if length else []
         places = np.sort(rng.integers(len(background) + 1, size=len(facts)))
-        pieces, done = [start], 0
-        for place, fact in zip(places, facts, strict=True):
+        pieces, asked, done = [start_of(self.tokenizer)], [], 0
+        waiting = list(story)
+        for told, (place, fact) in enumerate(zip(places, facts, strict=True), 1):
             pieces += [*background[done:place], fact]
             done = place
-        pieces += [*background[done:], ask, answer]
-        return Example.of_pieces(pieces, [len(pieces) - 1])
+            while len(waiting) > 1 and len(waiting[0].facts) == told:
+                pieces += [*self.asked(waiting.pop(0)), continuation(self.tokenizer, "\n")]
+                asked.append(len(pieces) - 2)
+        pieces += [*background[done:], *self.asked(waiting[0])]
+        return Example.of_pieces(pieces, [*asked, len(pieces) - 1])
 
-    def question(
-        self, rng: np.random.Generator, index: int, length: int
-    ) -> tuple[Question, list[np.ndarray]]:
-        """The one to ask, and its facts' ids; of those drawn, the first that leaves room for it."""
+    def asked(self, question: Question) -> tuple[np.ndarray, np.ndarray]:
+        """The question, and its answer."""
+        ask = continuation(self.tokenizer, f"\n{question.question}\nAnswer:")
+        return ask, continuation(self.tokenizer, f" {question.answer}")
+
+    def size_of(self, story: Sequence[Question]) -> int:
+        """Tokens of a story without background."""
+        facts = [self.fact(fact) for fact in story[-1].facts]
+        asked = [piece for question in story for piece in self.asked(question)]
+        between = (len(story) - 1) * len(continuation(self.tokenizer, "\n"))
+        return between + sum(map(len, [start_of(self.tokenizer), *facts, *asked]))
+
+    def story(self, rng: np.random.Generator, index: int, length: int) -> list[Question]:
+        """The one to ask of; of those drawn, the first that fits into the length."""
         for _ in range(1000):
-            number = int(rng.integers(len(self.questions)))
+            number = int(rng.integers(len(self.stories)))
             if self.indexes is not None:
                 number = self.indexes[index % len(self.indexes)]
-            question = self.questions[number]
-            facts = [self.fact(fact) for fact in question.facts]
-            rest = len(question.question) + len(question.answer) + 16
-            if not length or self.indexes is not None or sum(map(len, facts)) + rest <= length:
-                return question, facts
+            story = self.stories[number]
+            if not length or self.indexes is not None or self.size_of(story) <= length:
+                return story
         raise ValueError(f"length={length} is too short for the facts of {self.name}")
 
     def fact(self, text: str) -> np.ndarray:
@@ -159,20 +176,22 @@ def read_babi(babi: str | Path, folder: str, task: str, split: str) -> str:
     )
 
 
-def questions_of(text: str) -> list[Question]:
-    """Every question, with the facts its story has told before; earlier questions are no facts.
+def stories_of(text: str) -> list[list[Question]]:
+    """Every story's questions, each with the facts told before it; earlier questions are no facts.
 
     A line is `number fact`, or `number question<tab>answer<tab>supporting facts`; a story begins
     with number 1.
     """
-    found, facts = [], []
+    found: list[list[Question]] = []
+    facts: list[str] = []
     for line in text.strip().splitlines():
         number, _, rest = line.partition(" ")
         if number == "1":
             facts = []
+            found.append([])
         sentence, *answer = rest.split("\t")
         if answer:
-            found.append(Question(tuple(facts), sentence.strip(), answer[0]))
+            found[-1].append(Question(tuple(facts), sentence.strip(), answer[0]))
         else:
             facts.append(sentence.strip())
-    return found
+    return [story for story in found if story]

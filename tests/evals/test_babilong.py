@@ -8,7 +8,7 @@ import pytest
 
 from pytitans.data.tokenizer import byte_tokenizer
 from pytitans.evals import load_task
-from pytitans.evals.babilong import questions_of
+from pytitans.evals.babilong import stories_of
 
 BABI = """\
 1 John travelled to the hallway.
@@ -45,7 +45,7 @@ def text_of(example) -> str:
 
 
 def test_questions_know_the_facts_told_before_them():
-    first, second, third = questions_of(BABI)
+    (first, second), (third,) = stories_of(BABI)
     assert first.facts == ("John travelled to the hallway.", "Mary journeyed to the bathroom.")
     assert second.facts == (
         *first.facts,
@@ -77,6 +77,23 @@ def test_facts_are_scattered_in_order(babi, length):
         assert "Oh!" not in context  # sentences of fewer than 10 tokens are left out
 
 
+@pytest.mark.parametrize("length", [0, 400])
+def test_a_whole_story_is_asked_where_it_is_in_babi(babi, length):
+    task = load(babi, whole=True)
+    examples = [task.example(index, length=length, seed=3) for index in range(8)]
+    assert {example.answers for example in examples} == {1, 2}
+    for example in (x for x in examples if x.answers == 2):
+        assert len(example.ids) == (length or len(example.ids))
+        lines = text_of(example).split("\n")
+        assert [lines[i] for i in (1, 2, 4, 5)] == [
+            "Where is John?", "Answer: hallway", "Where is John?", "Answer: bedroom",
+        ]  # fmt: skip
+        assert "Mary journeyed to the bathroom." in lines[0]
+        assert "John moved" not in lines[0] and "John moved to the bedroom." in lines[3]
+        answers = [example.expected[example.answer == i] for i in (0, 1)]
+        assert [BYTES.decode(x.tolist()) for x in answers] == [" hallway", " bedroom"]
+
+
 def test_length_0_is_the_facts_alone(babi):
     example = load(babi).example(0, length=0)
     sentences = re.findall(r"[^.]+\.", text_of(example).split("\n")[0])
@@ -106,3 +123,5 @@ def test_what_is_missing_is_named(babi):
         load(babi, folder="en")
     with pytest.raises(ValueError, match="too short"):
         load(babi).example(0, length=40)
+    with pytest.raises(ValueError, match="indexes are of single questions"):
+        load(babi, whole=True, indexes="indexes.json")
