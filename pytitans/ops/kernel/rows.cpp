@@ -125,45 +125,69 @@ struct Conv {
 
 constexpr float LEAST = 1e-6f;  // a smaller norm counts as this
 
+// One thread's work: neighbouring features of a row, whole groups, at all of its tokens. They lie
+// side by side in memory, so a token's are done together; each sum over tokens is one thread's.
+struct Share {
+  int64_t b, first, n;
+};
+
+inline std::vector<Share> shares(const Conv& c, int threads) {
+  int64_t groups = c.D / c.K, parts = std::min(groups, (threads + c.B - 1) / c.B);
+  std::vector<Share> found;
+  for (int64_t b = 0; b < c.B; b++)
+    for (int64_t i = 0; i < parts; i++) {
+      int64_t begin = groups * i / parts, end = groups * (i + 1) / parts;
+      found.push_back({b, begin * c.K, (end - begin) * c.K});
+    }
+  return found;
+}
+
 template <class T>
-struct Group {  // one row's K features
+struct Rows {
   const Conv& c;
+  const Share& at;
   const T *x, *tail;
   const float* weight;
-  int64_t b, first;
 
   const T* token(int64_t t) const {
-    return (t < 0 ? tail + (b * c.reach + c.reach + t) * c.D : x + (b * c.T + t) * c.D) + first;
+    return (t < 0 ? tail + (at.b * c.reach + c.reach + t) * c.D : x + (at.b * c.T + t) * c.D) +
+           at.first;
   }
+  const float* tap(int64_t lag) const { return weight + lag * c.D + at.first; }
   void convolve(int64_t t, float* y) const {
-    std::fill(y, y + c.K, 0.0f);
+    std::fill(y, y + at.n, 0.0f);
     for (int64_t lag = 0; lag <= c.reach; lag++) {
-      const T* at = token(t - c.reach + lag);
-      const float* w = weight + lag * c.D + first;
-      for (int64_t d = 0; d < c.K; d++) y[d] += wide(at[d]) * w[d];
+      const T* from = token(t - c.reach + lag);
+      const float* w = tap(lag);
+      for (int64_t d = 0; d < at.n; d++) y[d] += wide(from[d]) * w[d];
     }
   }
-  int64_t result(int64_t t) const { return (b * c.T + t) * c.part + first % c.part; }
+  // Of the group that begins at feature d of the share: where token t's result is.
+  template <class U>
+  U* result(U* const* y, int64_t t, int64_t d) const {
+    return y[(at.first + d) / c.part] + (at.b * c.T + t) * c.part + (at.first + d) % c.part;
+  }
+  int64_t normed() const { return std::clamp<int64_t>(c.units - at.first, 0, at.n); }
 };
 
 template <class T>
 void conv(const Conv& c, const T* x, const T* tail, const float* weight, T* const* y, int threads) {
-  int64_t groups = c.D / c.K;
+  std::vector<Share> jobs = shares(c, threads);
 #pragma omp parallel num_threads(threads) if (c.B * c.T * c.D > SMALL)
   {
-    std::vector<float> row(c.K);
+    std::vector<float> row(c.D);
     float* r = row.data();
 #pragma omp for schedule(static)
-    for (int64_t job = 0; job < c.B * groups; job++) {
-      Group<T> g{c, x, tail, weight, job / groups, job % groups * c.K};
+    for (size_t job = 0; job < jobs.size(); job++) {
+      Rows<T> g{c, jobs[job], x, tail, weight};
       for (int64_t t = 0; t < c.T; t++) {
         g.convolve(t, r);
-        for (int64_t d = 0; d < c.K; d++) r[d] *= sigmoid(r[d]);
-        if (g.first < c.units) {
-          float s = 1 / std::max(std::sqrt(float(dot(r, r, c.K))), LEAST);
-          for (int64_t d = 0; d < c.K; d++) r[d] *= s;
+        for (int64_t d = 0; d < g.at.n; d++) r[d] *= sigmoid(r[d]);
+        for (int64_t first = 0; first < g.normed(); first += c.K) {
+          float *h = r + first, s = 1 / std::max(std::sqrt(float(dot(h, h, c.K))), LEAST);
+          for (int64_t d = 0; d < c.K; d++) h[d] *= s;
         }
-        store(r, c.K, y[g.first / c.part] + g.result(t));
+        for (int64_t d = 0; d < g.at.n; d += c.K) store(r + d, c.K, g.result(y, t, d));
       }
     }
   }
@@ -172,48 +196,52 @@ void conv(const Conv& c, const T* x, const T* tail, const float* weight, T* cons
 template <class T>
 void conv_back(const Conv& c, const T* x, const T* tail, const float* weight, const T* const* g_y,
                T* g_x, T* g_tail, float* g_weight, int threads) {
-  int64_t groups = c.D / c.K, taps = c.reach + 1;
+  int64_t taps = c.reach + 1;
   std::vector<float> by_row(c.B * taps * c.D, 0.0f);
+  std::vector<Share> jobs = shares(c, threads);
 #pragma omp parallel num_threads(threads) if (c.B * c.T * c.D > SMALL)
   {
-    std::vector<float> rows((4 + taps) * c.K);
-    float *z = rows.data(), *h = z + c.K, *up = h + c.K, *sum = up + c.K, *ring = sum + c.K;
+    std::vector<float> rows((4 + taps) * c.D);
+    float *z = rows.data(), *h = z + c.D, *up = h + c.D, *sum = up + c.D, *ring = sum + c.D;
 #pragma omp for schedule(static)
-    for (int64_t job = 0; job < c.B * groups; job++) {
-      Group<T> g{c, x, tail, weight, job / groups, job % groups * c.K};
-      float* g_w = by_row.data() + g.b * taps * c.D + g.first;
-      std::fill(ring, ring + taps * c.K, 0.0f);
+    for (size_t job = 0; job < jobs.size(); job++) {
+      Rows<T> g{c, jobs[job], x, tail, weight};
+      int64_t n = g.at.n;
+      float* g_w = by_row.data() + g.at.b * taps * c.D + g.at.first;
+      std::fill(ring, ring + taps * c.D, 0.0f);
       for (int64_t t = c.T - 1; t >= -c.reach; t--) {
-        float* now = ring + (t + c.reach) % taps * c.K;  // gradient in token t's sum, before SiLU
+        float* now = ring + (t + c.reach) % taps * c.D;  // gradient in token t's sum, before SiLU
         if (t < 0) {
-          std::fill(now, now + c.K, 0.0f);
+          std::fill(now, now + n, 0.0f);
         } else {
           g.convolve(t, z);
-          load(g_y[g.first / c.part] + g.result(t), c.K, up);
-          if (g.first < c.units) {
-            for (int64_t d = 0; d < c.K; d++) h[d] = z[d] * sigmoid(z[d]);
-            float size = std::sqrt(float(dot(h, h, c.K))), s = 1 / std::max(size, LEAST);
-            float along = size > LEAST ? float(dot(up, h, c.K)) * s * s : 0;
-            for (int64_t d = 0; d < c.K; d++) up[d] = s * (up[d] - h[d] * along);
-          }
-          for (int64_t d = 0; d < c.K; d++) {
+          for (int64_t d = 0; d < n; d += c.K) load(g.result(g_y, t, d), c.K, up + d);
+          for (int64_t d = 0; d < n; d++) {
             float s = sigmoid(z[d]);
-            now[d] = up[d] * s * (1 + z[d] * (1 - s));
+            h[d] = z[d] * s;
+            z[d] = s * (1 + z[d] * (1 - s));
           }
+          for (int64_t first = 0; first < g.normed(); first += c.K) {
+            float *from = h + first, *to = up + first;
+            float size = std::sqrt(float(dot(from, from, c.K))), s = 1 / std::max(size, LEAST);
+            float along = size > LEAST ? float(dot(to, from, c.K)) * s * s : 0;
+            for (int64_t d = 0; d < c.K; d++) to[d] = s * (to[d] - from[d] * along);
+          }
+          for (int64_t d = 0; d < n; d++) now[d] = up[d] * z[d];
           for (int64_t lag = 0; lag < taps; lag++) {
-            const T* at = g.token(t - c.reach + lag);
-            for (int64_t d = 0; d < c.K; d++) g_w[lag * c.D + d] += now[d] * wide(at[d]);
+            const T* met = g.token(t - c.reach + lag);
+            for (int64_t d = 0; d < n; d++) g_w[lag * c.D + d] += now[d] * wide(met[d]);
           }
         }
-        std::fill(sum, sum + c.K, 0.0f);
+        std::fill(sum, sum + n, 0.0f);
         for (int64_t lag = 0; lag < taps; lag++) {  // token t was met by the sums of t .. t + reach
           int64_t later = t + c.reach - lag;
           if (later >= c.T) continue;
-          const float *w = weight + lag * c.D + g.first, *of = ring + (later + c.reach) % taps * c.K;
-          for (int64_t d = 0; d < c.K; d++) sum[d] += w[d] * of[d];
+          const float *w = g.tap(lag), *of = ring + (later + c.reach) % taps * c.D;
+          for (int64_t d = 0; d < n; d++) sum[d] += w[d] * of[d];
         }
-        int64_t at = (t < 0 ? g.b * c.reach + c.reach + t : g.b * c.T + t) * c.D + g.first;
-        store(sum, c.K, (t < 0 ? g_tail : g_x) + at);
+        int64_t row = t < 0 ? g.at.b * c.reach + c.reach + t : g.at.b * c.T + t;
+        store(sum, n, (t < 0 ? g_tail : g_x) + row * c.D + g.at.first);
       }
     }
   }
