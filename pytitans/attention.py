@@ -61,7 +61,7 @@ def attend(q: Tensor, parts: list[KeysValues], mask: Tensor | None) -> Tensor:
 
     mask: boolean, or added to the scores in q's dtype; None where all keys are seen.
     """
-    k, v = (torch.cat(x, dim=2) for x in zip(*parts, strict=True))
+    k, v = (torch.cat(x, dim=2) if len(x) > 1 else x[0] for x in zip(*parts, strict=True))
     narrow = q.device.type == "cpu" and q.dtype == torch.bfloat16
     if narrow and mask is not None and k.shape[2] <= FEW_KEYS:
         return matmul_attention(q, k, v, mask).transpose(1, 2).flatten(2)
@@ -143,11 +143,13 @@ class WindowAttention(Attention):
         W, B, T = self.window, q.shape[0], q.shape[2]
         blocks = -(-T // W) - 1
         pad = (blocks + 1) * W - T
-        q = F.pad(q[:, :, W:], (0, 0, 0, pad)).unflatten(2, (blocks, W))
-        two = [
-            F.pad(x[:, :, past:], (0, 0, 0, pad)).unfold(2, 2 * W, W).mT  # [B, H, n, 2 W, K]
-            for x in placed
-        ]
+        q = F.pad(q[:, :, W:], (0, 0, 0, pad)).unflatten(2, (blocks, W)).transpose(1, 2)
+
+        def beside(always: Tensor, x: Tensor) -> Tensor:  # [B n, H, P + 2 W, K]
+            cut = F.pad(x[:, :, past:], (0, 0, 0, pad)).unflatten(2, (blocks + 1, W))
+            cut, always = cut.transpose(1, 2), always[:, None].expand(-1, blocks, -1, -1, -1)
+            return torch.cat([always, cut[:, :-1], cut[:, 1:]], dim=3).flatten(0, 1)
+
         row, column = (
             torch.arange(W, device=q.device)[:, None],
             torch.arange(2 * W, device=q.device),
@@ -155,9 +157,8 @@ class WindowAttention(Attention):
         P = fixed.k.shape[2]
         mask = torch.ones(W, P + 2 * W, dtype=torch.bool, device=q.device)
         mask[:, P:] = (column > row) & (column <= row + W)
-        q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q, *two))
-        prefix = KeysValues(*(x.repeat_interleave(blocks, 0) for x in fixed))
-        out = attend(q, [prefix, KeysValues(k, v)], mask)
+        seen = KeysValues(*(beside(*both) for both in zip(fixed, placed, strict=True)))
+        out = attend(q.flatten(0, 1), [seen], mask)
         return out.unflatten(0, (B, blocks)).flatten(1, 2)[:, : T - W]
 
     def after(self, seen, state, past, T, lengths) -> WindowState:
