@@ -59,8 +59,8 @@ class Babilong(Task):
         folder: "en-10k" (BABILong's: 10,000 questions to train on) or "en" (1,000).
         indexes: JSON of the questions to test, as BABILong's babilong_test_100_idxs.json, in the
             order of its examples; without it they are drawn.
-        whole: an example is a story with all its questions, each asked where bAbI asks it: to
-            train on, where one question at the end of a text teaches little.
+        whole: an example is a story with all its questions, each asked where bAbI asks it, as far
+            as it fits: to train on, where one question at the end of a text teaches little.
     """
 
     def __init__(
@@ -126,7 +126,10 @@ class Babilong(Task):
             if self.indexes is not None:
                 number = self.indexes[index % len(self.indexes)]
             story = self.stories[number]
-            if not length or self.indexes is not None or self.size_of(story) <= length:
+            if length and self.indexes is None:
+                while story and self.size_of(story) > length:
+                    story = story[:-1]  # told as far as it fits
+            if story:
                 return story
         raise ValueError(f"length={length} is too short for the facts of {self.name}")
 

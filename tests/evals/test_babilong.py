@@ -94,6 +94,15 @@ def test_a_whole_story_is_asked_where_it_is_in_babi(babi, length):
         assert [BYTES.decode(x.tolist()) for x in answers] == [" hallway", " bedroom"]
 
 
+def test_a_story_is_told_as_far_as_it_fits(babi):
+    task = load(babi, whole=True)
+    longest = max(task.size_of(story) for story in task.stories)
+    examples = [task.example(index, length=longest - 1) for index in range(8)]
+    assert all(example.answers == 1 for example in examples)
+    assert any("Where is John?" in text_of(example) for example in examples)
+    assert max(task.example(index, length=longest).answers for index in range(8)) == 2
+
+
 def test_length_0_is_the_facts_alone(babi):
     example = load(babi).example(0, length=0)
     sentences = re.findall(r"[^.]+\.", text_of(example).split("\n")[0])
