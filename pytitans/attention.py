@@ -61,7 +61,7 @@ def attend(q: Tensor, parts: list[KeysValues], mask: Tensor | None) -> Tensor:
 
     mask: boolean, or added to the scores in q's dtype; None where all keys are seen.
     """
-    k, v = (torch.cat(x, dim=2) if len(x) > 1 else x[0] for x in zip(*parts, strict=True))
+    k, v = parts[0] if len(parts) == 1 else (torch.cat(x, dim=2) for x in zip(*parts, strict=True))
     narrow = q.device.type == "cpu" and q.dtype == torch.bfloat16
     if narrow and mask is not None and k.shape[2] <= FEW_KEYS:
         return matmul_attention(q, k, v, mask).transpose(1, 2).flatten(2)
