@@ -114,10 +114,16 @@ def needles(files: list[str], folder: Path, seed: int, **options: Any) -> None:
     find = [  # seven digits are right together only once each is nearly sure
         Stage(near, 768, 1024, steps=4500, fill=4096),
         Stage(mixed, 1024, 2048, steps=1500, fill=4096),
-        Stage(mixed, 1024, 4096, steps=1000),
+    ]
+    close = [  # the price closes gates on prose; what then opens them is a needle alone
+        Stage(mixed, 1024, 4096, steps=500, gate_penalty=0.1),
+        Stage(mixed, 1024, 4096, steps=400, gate_penalty=0.02),
     ]
     model = build("wide_mal", SHAPE | {"window": 8}, seed)
-    runs = [Run(bind, 3e-3, STEADY), Run(part, 2e-3, STEADY, window=64), Run(find, 2e-3)]
+    runs = [
+        Run(bind, 3e-3, STEADY), Run(part, 2e-3, STEADY, window=64), Run(find, 2e-3),
+        Run(close, 1e-3, rest=0.0),
+    ]  # fmt: skip
     train_in_turn(model, folder, seed, runs, **options)
 
 
@@ -125,12 +131,14 @@ STEADY = "constant_with_warmup"  # for stages that end when they are learned
 
 
 class Run(NamedTuple):
-    """Stages at one schedule of the rate. window: of attention, where it changes."""
+    """Stages at one schedule of the rate. window: of attention, where it changes. rest: what a
+    byte that is no answer counts; prose to be told keeps gates open on it."""
 
     stages: Sequence[Stage]
     rate: float
     schedule: str = "cosine"
     window: int | None = None
+    rest: float = 0.1
 
 
 def train_in_turn(
@@ -150,7 +158,7 @@ def train_in_turn(
                 into, run.rate, seed + number, lr_scheduler_type=run.schedule, save_steps=0.1,
                 save_total_limit=None, **options,
             )  # fmt: skip
-            train_on_tasks(model, byte_tokenizer(), run.stages, args)
+            train_on_tasks(model, byte_tokenizer(), run.stages, args, rest=run.rest)
 
 
 def books(files: list[str], folder: Path, seed: int, **options: Any) -> None:
