@@ -113,7 +113,7 @@ def needles(files: list[str], folder: Path, seed: int, **options: Any) -> None:
     mixed = [in_prose[2], key, in_prose[1], key, prose, in_prose[3], key, noise]
     find = [  # seven digits are right together only once each is nearly sure
         Stage(near, 768, 1024, steps=4500, fill=4096),
-        Stage(mixed, 1024, 2048, steps=1500, fill=4096),
+        Stage(mixed, 1024, 2048, steps=1000, fill=4096),
     ]
     close = [  # the price closes gates on prose; what then opens them is a needle alone
         Stage(mixed, 1024, 4096, steps=500, gate_penalty=0.1),

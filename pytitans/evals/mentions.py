@@ -28,7 +28,8 @@ class Mentions(Task):
         letters: of a word, drawn at random; None: RULER's words, as "quiet-harbor".
         digits: of a number.
         forms: how a word is mentioned; each begins as it likes and ends after its number.
-        gap: at most so many tokens of hay stand before a mention, and a space.
+        gap: at most so many tokens of hay stand before a mention, and a space; fewer in a text
+            that would else be too short to mention a word twice.
         prose: what the hay is cut from; None: RULER's noise.
     """
 
@@ -58,12 +59,17 @@ class Mentions(Task):
         order, size = [0, 0], 0  # the first word comes twice: something can be asked
         pieces: list[np.ndarray] = []
         told, asked = set(), []
+        mention = max(
+            len(continuation(self.tokenizer, form.format(word=words[0], number=numbers[0])))
+            for form in self.forms
+        )
+        gap = max(0, min(self.gap, length // 2 - mention - 1))  # so that both fit
         while size < length:
             word = order.pop() if order else int(rng.integers(len(words)))
             form = self.forms[int(rng.integers(len(self.forms)))]
             before, after = form.format(word=words[word], number="\0").split("\0")
             texts = before, numbers[word], after
-            for piece in (*self.hay(rng), *(continuation(self.tokenizer, x) for x in texts)):
+            for piece in (*self.hay(rng, gap), *(continuation(self.tokenizer, x) for x in texts)):
                 pieces.append(piece[: length - size])
                 size += len(pieces[-1])
             if word in told and len(pieces[-2]):
@@ -80,12 +86,12 @@ class Mentions(Task):
         powers = 26 ** np.arange(self.letters)
         return ["".join(LETTERS[number // powers % 26]) for number in numbers]
 
-    def hay(self, rng: np.random.Generator) -> list[np.ndarray]:
+    def hay(self, rng: np.random.Generator, gap: int) -> list[np.ndarray]:
         if not self.gap:
             return []
         if self.prose is not None:
-            hay = self.prose.cut(rng, int(rng.integers(self.gap + 1))).ids
+            hay = self.prose.cut(rng, int(rng.integers(gap + 1))).ids
         else:
             begin = int(rng.integers(len(self.noise)))
-            hay = turning(self.noise, begin, int(rng.integers(self.gap + 1)))
+            hay = turning(self.noise, begin, int(rng.integers(gap + 1)))
         return [hay, continuation(self.tokenizer, " ")]
