@@ -127,3 +127,8 @@ def test_mentions_of_more_words_than_there_are_and_of_none_twice():
         Mentions(byte_tokenizer(), letters=1, words=(2, 27))
     with pytest.raises(ValueError, match="length=16"):
         Mentions(byte_tokenizer()).example(0, length=16)
+
+
+def test_mentions_with_long_hay_are_told_twice_in_a_short_text_too():
+    task = Mentions(byte_tokenizer(), gap=500)
+    assert all(task.example(index, length=200).answers for index in range(50))
