@@ -119,11 +119,10 @@ def needles(files: list[str], folder: Path, seed: int, **options: Any) -> None:
         Stage(mixed, 1024, 4096, steps=500, gate_penalty=0.1),
         Stage(mixed, 1024, 4096, steps=400, gate_penalty=0.02),
     ]
-    settle = [Stage(mixed, 1024, 4096, steps=900, gate_penalty=0.02)]
     model = build("wide_mal", SHAPE | {"window": 8}, seed)
     runs = [
         Run(bind, 3e-3, STEADY), Run(part, 2e-3, STEADY, window=64), Run(find, 2e-3),
-        Run(close, 1e-3, rest=0.0), Run(settle, 1e-3, rest=0.0),
+        Run(close, 1e-3, rest=0.0),
     ]  # fmt: skip
     train_in_turn(model, folder, seed, runs, **options)
 
