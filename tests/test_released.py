@@ -10,6 +10,7 @@ from torch.nn.functional import cross_entropy
 from pytitans.cli import load_model, model_folder
 from pytitans.data.tokenizer import load_tokenizer
 from pytitans.evals import load_task
+from pytitans.evals.mentions import Mentions
 from pytitans.evals.streaming import score_examples
 from pytitans.evaluate import scoring
 from pytitans.released import FOLDER, released, released_folder
@@ -41,6 +42,21 @@ def test_needle_finds_numbers_behind_twice_as_much_as_it_was_trained_on():
     with scoring(model, bf16=False):
         scores = score_examples(model, examples)
     assert [score.exact for score in scores] == [1.0] * 4
+
+
+def test_needles_tells_which_of_several_numbers_is_whose():
+    folder = model_folder("needles")
+    model, tokenizer = load_model(folder), load_tokenizer(folder)
+    forms = (
+        "One of the special magic numbers for {word} is: {number}. ",
+        "The special magic number for {word} mentioned in the provided text is {number}. ",
+    )
+    task = Mentions(tokenizer, forms=forms, words=(4, 6), digits=7, gap=100)
+    examples = list(task.examples(8, length=2048, seed=3))
+    with scoring(model, bf16=False):
+        scores = score_examples(model, examples)
+    # Right by chance in a quarter at most, if it knew the numbers and not whose they are.
+    assert sum(score.accuracy for score in scores) / len(scores) > 0.6
 
 
 def test_books_predicts_english_and_no_other_bytes():
