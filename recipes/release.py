@@ -5,9 +5,7 @@
     python recipes/release.py books --data "books/*.txt.xz"
 
 `needle` finds a number or a UUID in long texts (RULER's S-NIAH-1 to 3), `books` predicts the bytes
-of English novels. `needles` is to tell which of several numbers is asked for (MK-NIAH-1, MV- and
-MQ-NIAH); earlier forms of its stages could in 40 to 75 % of the texts, and it is not released
-(docs/log.md).
+of English novels, `needles` tells which of several numbers is asked for (MK-1).
 Each takes one to two hours of one core, or less, and goes on where it was stopped. The books held
 out are those of `recipes/books.yaml`. The models of the package are those of seed 0.
 """
