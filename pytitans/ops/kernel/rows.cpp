@@ -8,6 +8,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <numeric>
 #include <vector>
 
 #include <omp.h>
@@ -132,7 +133,8 @@ struct Share {
 };
 
 inline std::vector<Share> shares(const Conv& c, int threads) {
-  int64_t groups = c.D / c.K, parts = std::min(groups, (threads + c.B - 1) / c.B);
+  // As few parts of a row as give all threads as much.
+  int64_t groups = c.D / c.K, parts = std::min(groups, threads / std::gcd<int64_t>(threads, c.B));
   std::vector<Share> found;
   for (int64_t b = 0; b < c.B; b++)
     for (int64_t i = 0; i < parts; i++) {
