@@ -20,6 +20,7 @@ from language import split_books
 from pytitans.data.tokenizer import byte_tokenizer
 from pytitans.evals.babilong import Babilong
 from pytitans.evals.command import length_of
+from pytitans.evals.haystack import Haystack
 from pytitans.evals.training import Stage, answer_loss, task_arguments, train_on_tasks
 
 TASKS = ("qa1", "qa2", "qa3")
@@ -35,8 +36,9 @@ class Facts(Experiment):
 
     def train(self, name: str, folder: Path, rate: float, seed: int) -> float:
         tokenizer = byte_tokenizer()
-        stories = [self.to_train_on(x, tokenizer, whole=True) for x in self.args.tasks]
-        asked = [self.to_train_on(x, tokenizer) for x in self.args.tasks]
+        books = Haystack(tokenizer, self.books)
+        stories = [self.to_train_on(x, books, whole=True) for x in self.args.tasks]
+        asked = [self.to_train_on(x, books) for x in self.args.tasks]
         stages = [
             Stage(stories, 0, 0, steps=self.steps(1500), fill=4096),
             Stage(stories, 1024, 1024, steps=self.steps(400), fill=4096),
@@ -47,12 +49,12 @@ class Facts(Experiment):
         losses = [answer_loss(model, x, length=1024, texts=48, seed=seed) for x in asked]
         return sum(losses) / len(losses)
 
-    def to_train_on(self, task: str, tokenizer, **options: Any) -> Babilong:
+    def to_train_on(self, task: str, books: Haystack, **options: Any) -> Babilong:
         """bAbI's 10,000 questions to train on, or its 1,000 where the former are missing."""
         for folder in ("en-10k", "en"):
             try:
                 return Babilong(
-                    f"babilong_{task}", tokenizer, self.args.babi, self.books, split="train",
+                    f"babilong_{task}", books.tokenizer, self.args.babi, books, split="train",
                     folder=folder, **options,
                 )  # fmt: skip
             except ValueError as error:
@@ -70,7 +72,7 @@ class Facts(Experiment):
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--babi", required=True, help="bAbI's tasks_1-20_v1-2, a folder or zip")
     parser.add_argument("--data", nargs="+", required=True, help="the books: files or globs")
-    parser.add_argument("--tasks", nargs="+", default=TASKS, choices=TASKS)
+    parser.add_argument("--tasks", nargs="+", default=TASKS, choices=TASKS, help="default: all")
     parser.add_argument("--longest", type=length_of, default=length_of("1M"))
     parser.add_argument("--samples", type=int, default=32)
 

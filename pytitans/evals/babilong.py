@@ -54,7 +54,8 @@ class Babilong(Task):
 
     Args:
         babi: the folder or zip of bAbI.
-        files: background text, as `titans train --data` takes it.
+        files: background text, as `titans train --data` takes it, or its Haystack, which several
+            tasks can share.
         split: of bAbI, "test" or "train".
         folder: "en-10k" (BABILong's: 10,000 questions to train on) or "en" (1,000).
         indexes: JSON of the questions to test, as BABILong's babilong_test_100_idxs.json, in the
@@ -68,7 +69,7 @@ class Babilong(Task):
         name: str,
         tokenizer: PreTrainedTokenizerFast,
         babi: str | Path,
-        files: Sequence[str] = (PYTHON,),
+        files: Sequence[str] | Haystack = (PYTHON,),
         *,
         split: Literal["test", "train"] = "test",
         folder: Literal["en", "en-10k"] = "en-10k",
@@ -78,8 +79,8 @@ class Babilong(Task):
         if whole and indexes is not None:
             raise ValueError("indexes are of single questions, and whole=True asks for stories")
         self.name, self.tokenizer = name, tokenizer
-        self.background = Haystack(tokenizer, files)
-        self.facts: dict[str, np.ndarray] = {}
+        self.background = files if isinstance(files, Haystack) else Haystack(tokenizer, files)
+        self.said: dict[str, np.ndarray] = {}
         task = name.removeprefix("babilong_")
         stories = stories_of(read_babi(babi, folder, task, split))
         self.questions = [question for story in stories for question in story]
@@ -90,33 +91,32 @@ class Babilong(Task):
     def draw(self, rng, index, length, depth) -> Example:
         check_depth(self, depth)
         story = self.story(rng, index, length)
-        facts = [self.fact(fact) for fact in story[-1].facts]
+        facts = [self.ids(f" {fact}") for fact in story[-1].facts]
         used = self.size_of(story)
         if length and used > length:
             raise ValueError(f"length={length} is too short for {self.name}: it takes {used} here")
         background = self.sentences(rng, length - used) if length else []
         places = np.sort(rng.integers(len(background) + 1, size=len(facts)))
         pieces, asked, done = [start_of(self.tokenizer)], [], 0
-        waiting = list(story)
         for told, (place, fact) in enumerate(zip(places, facts, strict=True), 1):
             pieces += [*background[done:place], fact]
             done = place
-            while len(waiting) > 1 and len(waiting[0].facts) == told:
-                pieces += [*self.asked(waiting.pop(0)), continuation(self.tokenizer, "\n")]
-                asked.append(len(pieces) - 2)
-        pieces += [*background[done:], *self.asked(waiting[0])]
+            for question in story[:-1]:
+                if len(question.facts) == told:
+                    pieces += [*self.asked(question), self.ids("\n")]
+                    asked.append(len(pieces) - 2)
+        pieces += [*background[done:], *self.asked(story[-1])]
         return Example.of_pieces(pieces, [*asked, len(pieces) - 1])
 
     def asked(self, question: Question) -> tuple[np.ndarray, np.ndarray]:
         """The question, and its answer."""
-        ask = continuation(self.tokenizer, f"\n{question.question}\nAnswer:")
-        return ask, continuation(self.tokenizer, f" {question.answer}")
+        return self.ids(f"\n{question.question}\nAnswer:"), self.ids(f" {question.answer}")
 
     def size_of(self, story: Sequence[Question]) -> int:
         """Tokens of a story without background."""
-        facts = [self.fact(fact) for fact in story[-1].facts]
+        facts = [self.ids(f" {fact}") for fact in story[-1].facts]
         asked = [piece for question in story for piece in self.asked(question)]
-        between = (len(story) - 1) * len(continuation(self.tokenizer, "\n"))
+        between = (len(story) - 1) * len(self.ids("\n"))
         return between + sum(map(len, [start_of(self.tokenizer), *facts, *asked]))
 
     def story(self, rng: np.random.Generator, index: int, length: int) -> list[Question]:
@@ -133,11 +133,11 @@ class Babilong(Task):
                 return story
         raise ValueError(f"length={length} is too short for the facts of {self.name}")
 
-    def fact(self, text: str) -> np.ndarray:
-        """Its ids; bAbI has few different facts, and says them often."""
-        if text not in self.facts:
-            self.facts[text] = continuation(self.tokenizer, f" {text}")
-        return self.facts[text]
+    def ids(self, text: str) -> np.ndarray:
+        """Of a fact, question or answer; bAbI has few different ones, and says them often."""
+        if text not in self.said:
+            self.said[text] = continuation(self.tokenizer, text)
+        return self.said[text]
 
     def sentences(self, rng: np.random.Generator, length: int) -> list[np.ndarray]:
         """`length` tokens of background, in sentences, short ones left out, the last one cut."""
