@@ -22,11 +22,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pytitans.ops.gates import ChunkGates, chunk_gates
+from pytitans.ops.inner_loss import (
+    curvature,
+    output_error,
+    output_error_back,
+    slope,
+    standardise,
+    standardise_back,
+)
 from pytitans.ops.naive import ACTIVATIONS, Activation, Objective
 
 GROUP = 8  # chunks between two states that are kept
 TINY = 1e-30  # smaller entries of a state are 0: denormals slow matmuls down five times
-SQRT_HALF, INV_SQRT_2PI = 0.5**0.5, 0.3989422804014327
 
 
 class Inputs(NamedTuple):
@@ -74,69 +81,7 @@ class Writes(NamedTuple):
     slope: list[Tensor]
 
 
-def slope(x: Tensor, activation: Activation) -> Tensor:
-    """The derivative of the memory's activation."""
-    if activation == "silu":
-        s = x.sigmoid()
-        return s * (1 + x * (1 - s))
-    return 0.5 * (1 + torch.erf(x * SQRT_HALF)) + x * torch.exp(-0.5 * x * x) * INV_SQRT_2PI
-
-
-def curvature(x: Tensor, activation: Activation) -> Tensor:
-    """The second derivative of the memory's activation."""
-    if activation == "silu":
-        s = x.sigmoid()
-        return s * (1 - s) * (2 + x * (1 - 2 * s))
-    return (2 - x * x) * torch.exp(-0.5 * x * x) * INV_SQRT_2PI
-
-
-def standardise(z: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """LayerNorm's unit vector, and the factor it was multiplied by."""
-    variance, mean = torch.var_mean(z, dim=-1, keepdim=True, correction=0)
-    scale = (variance + eps).rsqrt()
-    return (z - mean) * scale, scale
-
-
-def standardise_back(g: Tensor, unit: Tensor, scale: Tensor) -> Tensor:
-    return scale * (g - g.mean(-1, keepdim=True) - unit * (g * unit).mean(-1, keepdim=True))
-
-
-def output_error(k, z, v, norm, run: Run) -> Tensor:
-    """The loss's gradient in z, the MLP's output: through the residual and LayerNorm if any."""
-    if norm is None:
-        return -v if run.objective == "dot" else z - v
-    weight, bias = norm
-    unit, scale = standardise(z, run.norm_eps)
-    error = -v if run.objective == "dot" else k + unit * weight + bias - v
-    return standardise_back(error * weight, unit, scale)
-
-
-def output_error_back(g_d, k, z, v, norm, run: Run):
-    """From the gradient in `output_error` to those in k, z, v and, if any, the norm's two."""
-    if norm is None:
-        return (None, None, -g_d, None) if run.objective == "dot" else (None, g_d, -g_d, None)
-    weight, bias = norm
-    unit, scale = standardise(z, run.norm_eps)
-    error = -v if run.objective == "dot" else k + unit * weight + bias - v
-    g = error * weight
-    along = (g * unit).mean(-1, keepdim=True)
-    bare = g - g.mean(-1, keepdim=True) - unit * along  # the error is scale * bare
-    g_bare = g_d * scale
-    g_along = (g_bare * unit).mean(-1, keepdim=True)
-    g_g = g_bare - g_bare.mean(-1, keepdim=True) - unit * g_along
-    g_unit = -g_bare * along - g * g_along
-    g_error, g_weight = g_g * weight, g_g * error
-    if run.objective == "l2":
-        g_unit = g_unit + g_error * weight
-        g_weight = g_weight + g_error * unit
-    g_scale = (g_d * bare).mean(-1, keepdim=True)
-    g_z = standardise_back(g_unit, unit, scale) - g_scale * scale * scale * unit
-    if run.objective == "dot":
-        return None, g_z, -g_error, (g_weight, torch.zeros_like(g_error))
-    return g_error, g_z, -g_error, (g_weight, g_error)
-
-
-def write_pass(A, k, v, norm, run) -> Writes:
+def write_pass(A, k, v, norm, run: Run) -> Writes:
     act, L = ACTIVATIONS[run.activation], len(A)
     h, z = [k], []
     for i, W in enumerate(A):
@@ -144,7 +89,7 @@ def write_pass(A, k, v, norm, run) -> Writes:
         if i + 1 < L:
             h.append(act(z[i]))
     slopes = [slope(x, run.activation) for x in z[:-1]]
-    d, t = [output_error(k, z[-1], v, norm, run)], []
+    d, t = [output_error(k, z[-1], v, norm, run.objective, run.norm_eps)], []
     for i in reversed(range(L - 1)):
         t.insert(0, d[0] @ A[i + 1].mT)
         d.insert(0, t[0] * slopes[i])
@@ -453,7 +398,9 @@ def write_back(chunks: Chunks, first, k, v, w: Writes, g_h, g_d, g: Gradients):
         g_z.append(g_d[i] * w.t[i] * curvature(w.z[i], curve))
         g_d[i + 1].baddbmm_(g_t, first[i + 1])
         add_product(g_first[i + 1], g_t.mT, w.d[i + 1])
-    parts = output_error_back(g_d[-1], k, w.z[-1], v, chunks.norm, chunks.run)
+    parts = output_error_back(
+        g_d[-1], k, w.z[-1], v, chunks.norm, chunks.run.objective, chunks.run.norm_eps
+    )
     g_residual, g_last, g_v, g_norm = parts
     for total, part in zip(g.norm, g_norm or (), strict=True):
         total.add_(part.sum(1, keepdim=True, dtype=total.dtype))
