@@ -24,7 +24,7 @@ from pytitans.evals.haystack import Haystack
 from pytitans.evals.training import Stage, answer_loss, task_arguments, train_on_tasks
 
 TASKS = ("qa1", "qa2", "qa3")
-LENGTHS = ("0K", "1K", "2K", "4K", "8K", "16K", "64K", "256K", "1M")
+SHORT, LONG = ("0K", "1K", "2K", "4K", "8K", "16K", "64K"), ("256K", "1M")
 
 
 class Facts(Experiment):
@@ -63,10 +63,14 @@ class Facts(Experiment):
         raise missing
 
     def evaluations(self, name: str) -> dict[str, list[str]]:
-        lengths = lengths_to(LENGTHS, self.args.longest, name in WHOLE)
-        rest = ["--babi", self.args.babi, "--data", *self.test, "--samples", str(self.args.samples)]
-        names = [f"babilong_{task}" for task in self.args.tasks]
-        return {x: ["--task", x, "--lengths", *lengths, *rest] for x in names}
+        rest = ["--babi", self.args.babi, "--data", *self.test]
+        samples, found = self.args.samples, {}
+        for suffix, lengths, count in ("", SHORT, samples), ("_long", LONG, max(1, samples // 4)):
+            asked = lengths_to(lengths, self.args.longest, name in WHOLE)
+            for task in (f"babilong_{x}" for x in self.args.tasks if asked):
+                options = ["--task", task, "--lengths", *asked, "--samples", str(count)]
+                found[task + suffix] = options + rest
+        return found
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -74,7 +78,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", nargs="+", required=True, help="the books: files or globs")
     parser.add_argument("--tasks", nargs="+", default=TASKS, choices=TASKS, help="default: all")
     parser.add_argument("--longest", type=length_of, default=length_of("1M"))
-    parser.add_argument("--samples", type=int, default=32)
+    parser.add_argument(
+        "--samples", type=int, default=32, help="questions a length, to 64K; beyond, a quarter"
+    )
 
 
 if __name__ == "__main__":
