@@ -238,7 +238,15 @@ def train_on_tasks(
 
     Raises:
         KeyboardInterrupt: stopped by SIGINT or SIGTERM; a checkpoint is saved.
+        ValueError: more than one process, or steps of several batches.
     """
+    processes, accumulated = args.world_size, args.gradient_accumulation_steps
+    if processes * accumulated > 1:
+        raise ValueError(
+            f"{processes} processes x {accumulated} accumulated batches a step; a step on "
+            "tasks is one batch, whose stage its number decides. "
+            "Run one process, accumulate nothing, and make batches larger by Stage(fill=...)"
+        )
     batches = TaskBatches(stages, args.seed)
     args.max_steps, args.eval_strategy = len(batches), "no"
     args.per_device_train_batch_size = 1  # a batch is ready-made

@@ -66,6 +66,12 @@ def test_a_stage_too_short_for_its_task_is_told_before_the_first_step(tasks):
         TaskBatches([Stage(tasks, 4, 8, 9999), Stage([*tasks, needle], 100, 4096, 1)], seed=0)
 
 
+def test_steps_of_several_batches_are_refused(tasks, tmp_path):
+    args = task_arguments(tmp_path, 1e-3, 0, gradient_accumulation_steps=2)
+    with pytest.raises(ValueError, match=r"1 processes x 2 accumulated batches a step; .*fill"):
+        train_on_tasks(model(), byte_tokenizer(), [Stage(tasks, 4, 8, 4)], args)
+
+
 def test_a_step_of_texts_without_background_holds_no_more_than_asked(tmp_path):
     """Stories are of any length, and all of a step are padded to the longest."""
     story = [f"{i} Mary went to the {'very ' * (i % 40)}old park.\n" for i in range(1, 60)]
