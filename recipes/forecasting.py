@@ -63,7 +63,7 @@ FIELDS: dict[str, dict[str, Any]] = {  # what a baseline's authors take, but for
         "small": {},
         "large": {
             "d_model": 128, "ffn_dim": 256, "num_attention_heads": 16, "positional_dropout": 0.2,
-            "ff_dropout": 0.2, "path_dropout": 0.2, "head_dropout": 0.2,
+            "ff_dropout": 0.2, "path_dropout": 0.2,
         },
     },
 }  # fmt: skip

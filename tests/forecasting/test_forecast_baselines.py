@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from pytitans.data.series import Windows
 from pytitans.forecasting.backtest import averages, score
-from pytitans.forecasting.baselines import BASELINES
+from pytitans.forecasting.baselines import BASELINES, build_baseline
 from pytitans.models.configuration_titans_forecasting import TitansForecastingConfig
 from pytitans.models.modeling_titans_forecasting import TitansForForecasting
 
@@ -68,6 +68,12 @@ def test_rlinear_is_titans_without_its_memory():
     torch.testing.assert_close(
         titans(past_values=past).prediction_outputs, rlinear(past_values=past).prediction_outputs
     )
+
+
+def test_patchtst_has_its_papers_head():
+    """Every patch has weights of its own in the forecast; Hugging Face maps their mean."""
+    model = build_baseline("patchtst", channels=7, context=336, horizon=96, season=24)
+    assert model.head.projection.weight.shape == (96, 41 * 16)
 
 
 def test_seasonal_naive_by_hand():
