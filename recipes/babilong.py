@@ -5,10 +5,9 @@
     python recipes/babilong.py ... --tasks qa1 --output runs/babilong_qa1
 
 One model for the tasks. Whole stories come first, each of their questions where bAbI asks it, then
-stories in 1K and 4K bytes of the training books, and at the end the same with a price on open
-gates, without which a memory forgets the facts in a long book (docs/log.md). Asked are questions
-of bAbI's test file in the test books (`recipes/books.yaml` says which), of Llama, which keeps the
-whole text, up to 16K. How runs are kept: `recipes/experiment.py`.
+stories in 1K and 4K bytes of the training books. Asked are questions of bAbI's test file in the
+test books (`recipes/books.yaml` says which), of Llama, which keeps the whole text, up to 16K. How
+runs are kept: `recipes/experiment.py`.
 """
 
 import argparse
@@ -43,8 +42,7 @@ class Facts(Experiment):
         stages = [
             Stage(stories, 0, 0, steps=self.steps(1500), fill=4096),
             Stage(stories, 1024, 1024, steps=self.steps(400), fill=4096),
-            Stage([*stories, *asked], 1024, 4096, steps=self.steps(200)),
-            Stage([*stories, *asked], 1024, 4096, steps=self.steps(300), gate_penalty=0.03),
+            Stage([*stories, *asked], 1024, 4096, steps=self.steps(500)),
         ]
         model = build(name, SHAPE, seed)
         train_on_tasks(model, tokenizer, stages, task_arguments(folder, rate, seed))
