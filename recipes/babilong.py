@@ -14,7 +14,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from experiment import SHAPE, WHOLE, Experiment, all_models, build, lengths_to, run
+from experiment import SHAPE, WHOLE, Experiment, all_models, asked_in_parts, build, run
 from language import split_books
 
 from pytitans.data.tokenizer import byte_tokenizer
@@ -64,12 +64,12 @@ class Facts(Experiment):
 
     def evaluations(self, name: str) -> dict[str, list[str]]:
         rest = ["--babi", self.args.babi, "--data", *self.test]
-        samples, found = self.args.samples, {}
-        for suffix, lengths, count in ("", SHORT, samples), ("_long", LONG, max(1, samples // 4)):
-            asked = lengths_to(lengths, self.args.longest, name in WHOLE)
-            for task in (f"babilong_{x}" for x in self.args.tasks if asked):
-                options = ["--task", task, "--lengths", *asked, "--samples", str(count)]
-                found[task + suffix] = options + rest
+        samples = self.args.samples
+        parts = ("", SHORT, samples), ("_long", LONG, max(1, samples // 4))
+        found = {}
+        for task in (f"babilong_{x}" for x in self.args.tasks):
+            asked = asked_in_parts(task, parts, self.args.longest, name in WHOLE)
+            found |= {result: options + rest for result, options in asked.items()}
         return found
 
 

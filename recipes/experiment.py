@@ -101,6 +101,19 @@ def lengths_to(lengths: Sequence[str], longest: int, whole: bool) -> list[str]:
     return [length for length in lengths if length_of(length) <= most]
 
 
+def asked_in_parts(
+    task: str, parts: Sequence[tuple[str, Sequence[str], int]], longest: int, whole: bool
+) -> dict[str, list[str]]:
+    """Options of `titans eval` for each part of a task, by the name of its results: the task's and
+    a suffix. parts: suffix, lengths, samples a length; one without a length to ask is left out."""
+    found = {}
+    for suffix, lengths, samples in parts:
+        asked = lengths_to(lengths, longest, whole)
+        if asked:
+            found[task + suffix] = ["--task", task, "--lengths", *asked, "--samples", str(samples)]
+    return found
+
+
 class Experiment(ABC):
     """One recipe. `models`: the names it knows, in the order of the table."""
 

@@ -13,7 +13,7 @@ kept: `recipes/experiment.py`.
 import argparse
 from pathlib import Path
 
-from experiment import SHAPE, WHOLE, Experiment, all_models, build, lengths_to, run
+from experiment import SHAPE, WHOLE, Experiment, all_models, asked_in_parts, build, run
 
 from pytitans.data.tokenizer import byte_tokenizer
 from pytitans.evals import load_task
@@ -41,16 +41,9 @@ class Needle(Experiment):
         return answer_loss(model, needle, length=1024, texts=64, seed=seed)
 
     def evaluations(self, name: str) -> dict[str, list[str]]:
-        task, found = ["--task", "niah_single_1"], {}
-        for result, lengths, samples in (
-            ("niah_single_1", SHORT, self.args.samples),
-            ("niah_single_1_long", LONG, 1),
-        ):
-            asked = lengths_to(lengths, self.args.longest, name in WHOLE)
-            if asked:
-                found[result] = [*task, "--lengths", *asked, "--samples", str(samples)]
-                found[result] += ["--give_up", "true"]
-        return found
+        parts = ("", SHORT, self.args.samples), ("_long", LONG, 1)
+        asked = asked_in_parts("niah_single_1", parts, self.args.longest, name in WHOLE)
+        return {result: [*options, "--give_up", "true"] for result, options in asked.items()}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -1,6 +1,6 @@
 """The memory's own loss by hand: the pieces of its gradient, and of that gradient's gradient.
 
-What `pytitans.ops.naive` leaves to autograd and the faster paths that keep to torch do themselves.
+What `pytitans.ops.naive` leaves to autograd and `pytitans.ops.chunk_plain` does itself.
 """
 
 import torch
