@@ -15,27 +15,26 @@ the step would cost if everything but its matrix products were free. titans-pyto
 be imported.
 """
 
+import os
 import sys
 
-if __name__ == "__main__":
-    sys.path.pop(0)  # this folder: the file's name would hide the standard library's `operator`
+if __name__ == "__main__":  # the folder above: here operator.py hides the standard library's
+    sys.path[0] = os.path.dirname(sys.path[0])
 
 import argparse
 import json
-import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Callable
+from functools import partial
 from importlib.util import find_spec
 from itertools import pairwise
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from rich.console import Console
 from rich.table import Table
 
+from benchmarks import common
 from pytitans.ops import chunk, chunk_fused, initial_state, neural_memory
 from pytitans.ops.naive import naive_memory
 
@@ -47,35 +46,28 @@ NEAR = {"float32": 1e-4, "bfloat16": 2e-2}  # to the definition in float64, by n
 
 def main(argv: list[str] | None = None) -> None:
     args = arguments(argv)
-    torch.manual_seed(0)
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    common.begin(args)
     if args.only:
-        print(json.dumps(peak_memory(args)))
+        print(json.dumps(peak_memory(args, *args.only)))
         return
     if wrong := differences(args):
         sys.exit(f"not measured: the operator differs from its definition: {wrong}")
     rows = compare(measure(args, contestants(args)))
     for name, row in rows.items():
-        row["memory_mb"] = memory_of(name)
-    shape = {k: v for k, v in vars(args).items() if k not in ("json", "only")}
-    report = {"shape": shape, "machine": machine(args), "rows": rows}
+        row["memory_mb"] = common.in_its_own_process(__file__, [name])
+    about = common.machine(args.device)
+    report = {"shape": common.shape(args), "machine": about, "rows": rows}
     if not args.quick and not args.no_long:
-        report["long"] = memory_of("long")
+        report["long"] = common.in_its_own_process(__file__, ["long"])
     show(report)
-    if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(report, indent=2, default=str) + "\n")
+    common.write(args.json, report)
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    p.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
+    p = common.parser(__doc__)
+    p.set_defaults(rounds=7)
     p.add_argument("--dtype", default="both", choices=DTYPES, help="default: %(default)s")
     p.add_argument("--quick", action="store_true", help="512 tokens, 3 rounds, no long text")
-    p.add_argument("--json", type=Path, metavar="PATH", help="also write the table as JSON")
     p.add_argument("--batch", type=int, default=2)
     p.add_argument("--tokens", type=int, default=4096)
     p.add_argument("--heads", type=int, default=4)
@@ -83,31 +75,12 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--hidden", type=int, default=256, help="width inside the memory's MLP")
     p.add_argument("--depth", type=int, default=2, help="layers of the memory")
     p.add_argument("--chunk", type=int, default=64, help="tokens per gradient point")
-    p.add_argument("--rounds", type=int, default=7)
-    p.add_argument("--threads", type=int, help="torch threads (default: torch's)")
     p.add_argument("--no-peers", action="store_true", help="only pytitans and its matmuls")
     p.add_argument("--no-long", action="store_true", help="skip the text of 2^20 tokens")
-    p.add_argument("--only", help=argparse.SUPPRESS)
     args = p.parse_args(argv)
     if args.quick:
         args.tokens, args.rounds = min(args.tokens, 512), 3
     return args
-
-
-def machine(args) -> dict:
-    names = [x.split(":")[1].strip() for x in read_lines("/proc/cpuinfo") if "model name" in x]
-    cpu = names[0] if names else platform.processor()
-    gpu = torch.cuda.get_device_name() if args.device == "cuda" else None
-    form = "kernel" if chunk_fused.kernel() else "plain"
-    return {
-        "cpu": cpu, "gpu": gpu, "threads": torch.get_num_threads(), "torch": torch.__version__,
-        "python": platform.python_version(), "form": form,
-        "load": Path("/proc/loadavg").read_text().split()[0],
-    }  # fmt: skip
-
-
-def read_lines(path: str) -> list[str]:
-    return Path(path).read_text().splitlines() if Path(path).exists() else []
 
 
 # Inputs and correctness
@@ -292,30 +265,24 @@ def contestants(args) -> dict[str, Callable[[], Contestant]]:
 # Measuring
 
 
-def seconds(step, backward: bool, device: str) -> float:
-    begin = time.perf_counter()
-    step(backward)
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - begin
-
-
 def measure(args, makers) -> dict[str, dict]:
     ready = {name: make() for name, make in makers.items()}
-    times = {(name, backward): [] for name in ready for backward in (False, True)}
-    for _ in range(args.rounds + 1):
-        for (name, backward), found in times.items():
-            found.append(seconds(ready[name][1], backward, args.device))
+    steps = {
+        (name, backward): partial(ready[name][1], backward)
+        for name in ready
+        for backward in (False, True)
+    }
+    times = common.take_turns(steps, args.rounds, args.device)
     rows = {}
     for name, (tokens, _) in ready.items():
-        forward, both = (statistics.median(times[name, x][1:]) for x in (False, True))
+        forward, both = (statistics.median(times[name, x]) for x in (False, True))
         rows[name] = {
             "tokens": tokens,
             "forward_s": forward,
             "step_s": both,
             "forward_tokens_per_s": tokens / forward,
             "step_tokens_per_s": tokens / both,
-            "step_spread": [min(times[name, True][1:]), max(times[name, True][1:])],
+            "step_spread": [min(times[name, True]), max(times[name, True])],
         }
     return rows
 
@@ -331,34 +298,12 @@ def compare(rows: dict[str, dict]) -> dict[str, dict]:
     return rows
 
 
-def memory_of(name: str) -> dict | float:
-    """`peak_memory` of one contestant, in a process of its own."""
-    command = [sys.executable, __file__, *sys.argv[1:], "--only", name]
-    run = subprocess.run(command, capture_output=True, text=True, check=False)
-    if run.returncode:
-        sys.exit(f"the memory of {name!r} could not be measured:\n{run.stderr}")
-    return json.loads(run.stdout.splitlines()[-1])
-
-
-def peak_memory(args):
+def peak_memory(args, name: str):
     """MB a forward and backward need beyond the inputs and weights; for "long", see `long_text`."""
-    if args.only == "long":
+    if name == "long":
         return long_text(args)
-    _, step = contestants(args)[args.only]()
-    if args.device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        step(True)
-        return (torch.cuda.max_memory_allocated() - before) / 2**20
-    before = resident_mb("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
-    step(True)
-    return resident_mb("VmHWM") - before
-
-
-def resident_mb(field: str) -> float:
-    status = next(x for x in read_lines("/proc/self/status") if x.startswith(field))
-    return int(status.split()[1]) / 1024
+    _, step = contestants(args)[name]()
+    return common.peak_mb(partial(step, True), args.device)
 
 
 @torch.no_grad()
@@ -370,7 +315,7 @@ def long_text(args) -> dict:
     inputs = [x.detach() for x in inputs]
     for _ in range(LONG // piece):
         out, state = neural_memory(*inputs, state, chunk_size=args.chunk)
-        used.append(resident_mb("VmRSS"))
+        used.append(common.status_mb("self/status", "VmRSS"))
     return {
         "tokens": LONG,
         "tokens_per_s": LONG / (time.perf_counter() - begin),
@@ -381,12 +326,11 @@ def long_text(args) -> dict:
 
 
 def show(report: dict) -> None:
-    shape, rows, about = report["shape"], report["rows"], report["machine"]
+    shape, rows = report["shape"], report["rows"]
     table = Table(
         title="batch {batch}, {tokens} tokens, {heads} heads of {head_dim}, hidden {hidden}, "
         "depth {depth}, chunk {chunk}".format(**shape),
-        caption=f"{about['gpu'] or about['cpu']}, {about['threads']} threads, "
-        f"torch {about['torch']}, load {about['load']}; ratios within a dtype, "
+        caption=f"{common.caption(report['machine'])}; ratios within a dtype, "
         f"forward | forward and backward; exact: {SHORT} tokens",
     )
     heads = ["", "forward tok/s", "fwd+bwd tok/s", "time / bare", "pytitans is", "peak MB"]
@@ -401,7 +345,7 @@ def show(report: dict) -> None:
             name, f"{row['forward_tokens_per_s']:,.0f}", f"{row['step_tokens_per_s']:,.0f}",
             over["bare"], over["pytitans"] + "x", f"{row['memory_mb']:,.0f}",
         )  # fmt: skip
-    console = Console(width=None if sys.stdout.isatty() else 120)
+    console = common.console()
     console.print(table)
     for line in best_against_best(rows):
         console.print(line)

@@ -17,77 +17,56 @@ Llama's cache is filled at random, which takes as long to attend to. All take tu
 in one process; the table holds medians.
 """
 
+import os
 import sys
 
-if __name__ == "__main__":
-    sys.path.pop(0)  # this folder: operator.py would hide the standard library's `operator`
+if __name__ == "__main__":  # the folder above: here operator.py hides the standard library's
+    sys.path[0] = os.path.dirname(sys.path[0])
 
 import argparse
 import json
 import statistics
-import subprocess
 import sysconfig
 import time
-from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import numpy as np
 import torch
-import transformers
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 from transformers import DynamicCache
 
+from benchmarks import common, training
+from pytitans.baseline import build_baseline
 from pytitans.cache import TitansCache
 from pytitans.data.tokenizer import byte_tokenizer
 from pytitans.evals.streaming import Stream
 from pytitans.models import TitansForCausalLM
-from pytitans.read import BLOCK, Block, Reading, resident_mb
+from pytitans.read import BLOCK, Block, Reading
 
 TENTH = 10
 SAMPLES = 10  # of resident memory, whose median counts: what is freed returns when it likes
 EXACT = 1e-9  # what float64 may differ by, relatively
 
 
-def neighbour(name: str):
-    """Another benchmark of this folder."""
-    path = Path(__file__).with_name(f"{name}.py")
-    spec = spec_from_file_location(f"benchmark_{name}", path)
-    assert spec is not None and spec.loader is not None
-    module = module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-training = neighbour("training")
-
-
 def main() -> None:
     args = arguments()
-    transformers.logging.set_verbosity_error()
-    torch.manual_seed(0)
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    if args.only_read:
+    common.begin(args)
+    if args.only:
         print(json.dumps(read(args)))
         return
     if wrong := differences(args):
         sys.exit(f"not measured: streaming differs from one call: {wrong}")
     report = benchmark(args)
     show(report)
-    if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(report, indent=2, default=str) + "\n")
+    common.write(args.json, report)
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    p = common.parser(__doc__)
+    p.set_defaults(rounds=5)
     p.add_argument("--quick", action="store_true", help="60K tokens, contexts of 256 to 4096")
-    p.add_argument("--json", type=Path, metavar="PATH", help="also write the numbers as JSON")
     p.add_argument("--tokens", type=int, default=2_000_000, help="to read (default: %(default)s)")
     p.add_argument("--early", type=int, default=100_000, metavar="TOKENS",
                    help="after which memory is first looked at (default: %(default)s)")  # fmt: skip
@@ -98,8 +77,6 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
                    help="contexts of Llama's (default: 1024 8192 32768)")  # fmt: skip
     p.add_argument("--decode", type=int, default=128, metavar="TOKENS",
                    help="of a round: a whole segment (default: %(default)s)")  # fmt: skip
-    p.add_argument("--rounds", type=int, default=5)
-    p.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
     p.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="of weights")
     p.add_argument("--variant", default="mac", choices=["mac", "mag", "mal", "lmm"])
     p.add_argument("--chunk", type=int, default=16, help="of the memory")
@@ -107,13 +84,10 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--layers", type=int, default=4)
     p.add_argument("--heads", type=int, default=4)
     p.add_argument("--segment", type=int, default=128, help="MAC's segment, MAG's and MAL's window")
-    p.add_argument("--threads", type=int, help="torch threads (default: torch's)")
-    p.add_argument("--only-read", action="store_true", help=argparse.SUPPRESS)
     args = p.parse_args(argv)
     if args.quick:
         args.tokens, args.early, args.rounds, args.decode = 60_000, 20_000, 3, 16
         args.contexts, args.llama = [256, 1024, 4096], [256, 1024, 4096]
-    args.chunk = [args.chunk]  # as training.py has it
     return args
 
 
@@ -155,6 +129,11 @@ def in_pieces(model, ids: Tensor, sizes: list[int]) -> tuple[Tensor, TitansCache
     return torch.cat(logits, dim=1), cache
 
 
+def titans(args) -> TitansForCausalLM:
+    model = TitansForCausalLM(training.titans_config(args, args.chunk))
+    return model.to(args.device, getattr(torch, args.dtype)).eval()
+
+
 # Reading
 
 
@@ -172,7 +151,7 @@ def library(tokens: int) -> np.ndarray:
 def read(args) -> dict:
     """What `titans read` does with so many bytes, and what it costs on the way."""
     text = library(args.tokens)
-    model = training.titans(args, args.chunk[0]).to(getattr(torch, args.dtype)).eval()
+    model = titans(args)
     eos = byte_tokenizer().eos_token_id
     reading = Reading(TitansCache(args.layers), eos, next_token=eos)
     seconds, resident = [], []
@@ -181,7 +160,7 @@ def read(args) -> dict:
         started = time.perf_counter()
         reading.feed(model, Block(ids, len(ids), 0))
         seconds.append((time.perf_counter() - started) / len(ids))
-        resident.append(resident_mb())
+        resident.append(common.status_mb("self/status", "VmRSS"))
     part = max(1, len(seconds) // TENTH)
     early = max(1, args.early // BLOCK)
     return {
@@ -193,15 +172,6 @@ def read(args) -> dict:
         "first_tenth": 1 / statistics.median(seconds[:part]),
         "last_tenth": 1 / statistics.median(seconds[-part:]),
     }  # fmt: skip
-
-
-def read_alone(args) -> dict:
-    """`read` in a process of its own, so that its memory is its own."""
-    command = [sys.executable, __file__, *sys.argv[1:], "--only-read"]
-    run = subprocess.run(command, capture_output=True, text=True, check=False)
-    if run.returncode:
-        sys.exit(f"reading was not measured:\n{run.stderr}")
-    return json.loads(run.stdout.splitlines()[-1])
 
 
 # Decoding
@@ -217,7 +187,7 @@ def decoder(args, model, cache):
 @torch.no_grad()
 def titans_decoders(args) -> dict:
     """One for each context, of one model that reads up to the longest."""
-    model = training.titans(args, args.chunk[0]).to(getattr(torch, args.dtype)).eval()
+    model = titans(args)
     text = torch.from_numpy(library(max(args.contexts)).astype(np.int64))[None].to(args.device)
     cache, found, begin = TitansCache(args.layers), {}, 0
     for length in sorted(args.contexts):
@@ -228,8 +198,8 @@ def titans_decoders(args) -> dict:
 
 
 def llama_decoders(args) -> dict:
-    dtype = getattr(torch, args.dtype)
-    model, found = training.llama(args).to(dtype).eval(), {}
+    dtype, like = getattr(torch, args.dtype), training.titans_config(args, args.chunk)
+    model, found = build_baseline(like, "llama").to(args.device, dtype).eval(), {}
     for length in args.llama:
         cache = DynamicCache(config=model.config)
         for layer in range(args.layers):
@@ -243,7 +213,9 @@ def llama_decoders(args) -> dict:
 def decode(args) -> list[dict]:
     decoders = {(f"pytitans {args.variant}", n): d for n, d in titans_decoders(args).items()}
     decoders |= {("llama", n): d for n, d in llama_decoders(args).items()}
-    times = training.take_turns(args, {key: d.step for key, d in decoders.items()})
+    times = common.take_turns(
+        {key: d.step for key, d in decoders.items()}, args.rounds, args.device
+    )
     rows = []
     for (name, length), d in sorted(decoders.items(), key=lambda item: item[0][1]):
         spent = times[name, length]
@@ -261,13 +233,16 @@ def decode(args) -> list[dict]:
 
 def benchmark(args) -> dict:
     print(f"reading {args.tokens:,} tokens", file=sys.stderr)
-    found = read_alone(args)
+    found = common.in_its_own_process(__file__, ["reading"])
     print("decoding", file=sys.stderr)
     rows = decode(args)
-    shape = {k: v for k, v in vars(args).items() if k not in ("json", "only_read")}
-    about = training.machine(args)
-    return {"shape": shape, "machine": about, "read": found, "decode": rows,
-            "summary": summary(found, rows)}  # fmt: skip
+    return {
+        "shape": common.shape(args),
+        "machine": common.machine(args.device),
+        "read": found,
+        "decode": rows,
+        "summary": summary(found, rows),
+    }
 
 
 def summary(found: dict, rows: list[dict]) -> list[str]:
@@ -287,13 +262,8 @@ def summary(found: dict, rows: list[dict]) -> list[str]:
 
 
 def show(report: dict) -> None:
-    shape, about, found = report["shape"], report["machine"], report["read"]
-    console = Console(width=None if sys.stdout.isatty() else 120)
-    title = "{layers} layers of {width}, {heads} heads, segment {segment}, {dtype}".format(**shape)
-    caption = (
-        f"{about['gpu'] or about['cpu']}, {about['threads']} threads, torch {about['torch']}, "
-        f"load {about['load']}"
-    )
+    shape, found, console = report["shape"], report["read"], common.console()
+    title, caption = training.title_of(shape), common.caption(report["machine"])
     table = Table(title=f"reading, pytitans {shape['variant']}, {title}", caption=caption)
     heads = ["tokens", "MB resident", "tokens/s", "bits/byte", "MB state"]
     for head in heads:

@@ -9,9 +9,9 @@ Correctness comes first: unless a small model reads a text in pieces as in one c
 and gradients equal those of the memory's definition, nothing is reported. Models take turns, round
 by round, in one process; the table holds medians. All have the parameters of the Titans model:
 
-    llama           Hugging Face's, SDPA, full attention; its feed-forward width is fitted
-    mamba2          Hugging Face's in plain torch, in the chunks that suit it; its layers and state
-                    size are fitted
+    llama           Hugging Face's, SDPA, full attention; and so the other names of
+                    `pytitans/baseline.py`
+    mamba2_hf       Hugging Face's in plain torch, in the chunks that suit it
     titans-pytorch  its MemoryAsContextTransformer with our memory's shape, else as it comes, which
                     is one gradient for each segment; at the first length alone, if it is installed
 
@@ -22,49 +22,45 @@ after a text of that length, greedy, one row, weights in --dtype. MB: the cache.
 first row's tokens/s over this row's.
 """
 
+import os
 import sys
 
-if __name__ == "__main__":
-    sys.path.pop(0)  # this folder: operator.py would hide the standard library's `operator`
+if __name__ == "__main__":  # the folder above: here operator.py hides the standard library's
+    sys.path[0] = os.path.dirname(sys.path[0])
 
 import argparse
-import gc
 import json
 import math
-import platform
 import statistics
-import subprocess
-import time
 from collections.abc import Callable
 from functools import partial
 from importlib.util import find_spec
 from itertools import pairwise
-from pathlib import Path
 from unittest.mock import patch
 
 import torch
-import transformers
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM, Mamba2Config, Mamba2ForCausalLM
+from transformers import Mamba2ForCausalLM, PreTrainedModel
 from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
 
+from benchmarks import common
+from pytitans.baseline import BASELINES, build_baseline
 from pytitans.cache import TitansCache
 from pytitans.evals.streaming import Stream
 from pytitans.models import TitansConfig, TitansForCausalLM
-from pytitans.ops import chunk_fused, neural_memory
+from pytitans.ops import neural_memory
+from pytitans.presets import count_parameters
 
-PEERS = ("llama", "mamba2", "titans-pytorch")
+OTHERS = "titans-pytorch"
+PEERS = ("llama", "mamba2_hf", OTHERS)
+SLOW_TO_DECODE = ("mamba2_hf", OTHERS)
 SPARE = 0.8  # of the memory free at the start: what a model may use before it "does not fit"
 
 
 def main() -> None:
     args = arguments()
-    transformers.logging.set_verbosity_error()
-    torch.manual_seed(0)
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    common.begin(args)
     if args.only:
         name, length = args.only
         print(json.dumps(peak_memory(args, models(args)[name](), int(length))))
@@ -73,19 +69,13 @@ def main() -> None:
         sys.exit(f"not measured: the model differs from its definition: {wrong}")
     report = benchmark(args)
     show(report)
-    if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(report, indent=2, default=str) + "\n")
+    common.write(args.json, report)
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    p.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
+    p = common.parser(__doc__)
     p.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16"])
     p.add_argument("--quick", action="store_true", help="512 and 1024 tokens, 2 rounds")
-    p.add_argument("--json", type=Path, metavar="PATH", help="also write the table as JSON")
     p.add_argument("--lengths", type=int, nargs="+", default=[2048, 8192, 32768], metavar="TOKENS")
     p.add_argument("--batch", type=int, default=2, help="rows of a step at the first length")
     p.add_argument("--chunk", type=int, nargs="+", default=[64, 16], metavar="TOKENS",
@@ -95,11 +85,9 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--layers", type=int, default=4)
     p.add_argument("--heads", type=int, default=4)
     p.add_argument("--segment", type=int, default=128, help="MAC's segment, MAG's and MAL's window")
-    p.add_argument("--peers", nargs="*", default=PEERS, choices=PEERS, help="default: all")
-    p.add_argument("--rounds", type=int, default=3)
+    p.add_argument("--peers", nargs="*", default=PEERS, choices=(*BASELINES, OTHERS),
+                   help=f"default: {' '.join(PEERS)}", metavar="NAME")  # fmt: skip
     p.add_argument("--decode", type=int, default=32, metavar="TOKENS", help="of a round (0: none)")
-    p.add_argument("--threads", type=int, help="torch threads (default: torch's)")
-    p.add_argument("--only", nargs=2, help=argparse.SUPPRESS)
     args = p.parse_args(argv)
     if args.quick:
         args.lengths, args.rounds, args.decode = [512, 1024], 2, 8
@@ -170,88 +158,45 @@ def titans_config(args, chunk: int, **changes) -> TitansConfig:
 
 def models(args) -> dict[str, Callable[[], nn.Module]]:
     """Makers of the models by name, the Titans ones first."""
-    makers = {
-        f"pytitans {args.variant}, chunk {chunk}": partial(titans, args, chunk)
+    like = titans_config(args, args.chunk[0])
+    makers: dict[str, Callable[[], nn.Module]] = {
+        f"pytitans {args.variant}, chunk {chunk}": partial(
+            TitansForCausalLM, titans_config(args, chunk)
+        )
         for chunk in args.chunk
     }
-    peers = {"llama": llama, "mamba2": mamba2, "titans-pytorch": titans_pytorch}
     for name in args.peers:
-        if name != "titans-pytorch" or find_spec("titans_pytorch"):
-            makers[name] = partial(peers[name], args)
-    return makers
+        if name != OTHERS:
+            makers[name] = partial(build_baseline, like, name)
+        elif find_spec("titans_pytorch"):
+            makers[name] = partial(titans_pytorch, like)
+    return {name: lambda make=make: make().to(args.device) for name, make in makers.items()}
 
 
 def count(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def fitted(build: Callable[[int], nn.Module], start: int, parameters: int) -> int:
-    """The number at which build(number), whose size is linear in it, is nearest to `parameters`."""
-    with torch.device("meta"):
-        few, many = count(build(start)), count(build(2 * start))
-    return max(1, start + round((parameters - few) * start / (many - few)))
-
-
-def titans(args, chunk: int) -> nn.Module:
-    return TitansForCausalLM(titans_config(args, chunk)).to(args.device)
-
-
-def parameters_of_titans(args) -> int:
-    with torch.device("meta"):
-        return count(TitansForCausalLM(titans_config(args, args.chunk[0])))
-
-
-def llama(args) -> nn.Module:
-    like = titans_config(args, args.chunk[0])
-
-    def build(intermediate_size: int) -> nn.Module:
-        config = LlamaConfig(
-            vocab_size=like.vocab_size, hidden_size=args.width, num_hidden_layers=args.layers,
-            num_attention_heads=args.heads, intermediate_size=intermediate_size,
-            max_position_embeddings=2**22, tie_word_embeddings=True,
-            bos_token_id=256, eos_token_id=256,
-        )  # fmt: skip
-        return LlamaForCausalLM._from_config(config, attn_implementation="sdpa")
-
-    size = fitted(build, args.width, parameters_of_titans(args))
-    return build(size).to(args.device)
-
-
-def mamba2(args) -> nn.Module:
-    like, target = titans_config(args, args.chunk[0]), parameters_of_titans(args)
-    head = args.width // args.heads
-
-    def build(num_hidden_layers: int, state_size: int) -> nn.Module:
-        config = Mamba2Config(
-            vocab_size=like.vocab_size, hidden_size=args.width, head_dim=head, expand=2,
-            num_heads=2 * args.heads, state_size=state_size, num_hidden_layers=num_hidden_layers,
-            n_groups=1, tie_word_embeddings=True, bos_token_id=256, eos_token_id=256,
-            pad_token_id=None,
-        )  # fmt: skip
-        return Mamba2ForCausalLM(config)
-
-    layers = fitted(lambda n: build(n, head), 2 * args.layers, target)
-    return build(layers, fitted(partial(build, layers), head, target)).to(args.device)
-
-
-def titans_pytorch(args) -> nn.Module:
+def titans_pytorch(like: TitansConfig) -> nn.Module:
     from titans_pytorch import MemoryAsContextTransformer  # pyright: ignore
 
-    like, hundredths = titans_config(args, args.chunk[0]), 0.01
-    head = args.width // args.heads
+    heads, hundredths = like.num_attention_heads, 0.01
+    head = like.hidden_size // heads
 
     def build(ff_mult: int) -> nn.Module:
         return MemoryAsContextTransformer(
-            num_tokens=like.vocab_size, dim=args.width, depth=args.layers, heads=args.heads,
-            dim_head=head, segment_len=args.segment, num_persist_mem_tokens=like.num_persistent,
-            ff_mult=ff_mult * hundredths,
-            neural_memory_kwargs={"dim_head": head, "heads": args.heads},
+            num_tokens=like.vocab_size, dim=like.hidden_size, depth=like.num_hidden_layers,
+            heads=heads, dim_head=head, segment_len=like.segment_len,
+            num_persist_mem_tokens=like.num_persistent, ff_mult=ff_mult * hundredths,
+            neural_memory_kwargs={"dim_head": head, "heads": heads},
         )  # fmt: skip
 
-    model = build(fitted(build, 100, parameters_of_titans(args)))
+    with torch.device("meta"):  # its size is linear in ff_mult
+        few, many = count(build(100)), count(build(200))
+    model = build(max(1, 100 + round((count_parameters(like) - few) * 100 / (many - few))))
     for p in model.parameters():  # some are views that repeat one head's, which AdamW refuses
         p.data = p.data.clone(memory_format=torch.contiguous_format)
-    return model.to(args.device)
+    return model
 
 
 # What is measured: a closure for each model
@@ -267,7 +212,7 @@ def training_step(args, model: nn.Module, length: int) -> tuple[int, Callable[[]
 
     def step() -> None:
         with torch.autocast(args.device, torch.bfloat16, enabled=args.dtype == "bfloat16"):
-            if isinstance(model, transformers.PreTrainedModel):
+            if isinstance(model, PreTrainedModel):
                 loss = model(input_ids=ids, labels=ids, use_cache=False).loss
             else:
                 loss = model(torch.cat([ids, ids[:, :1]], dim=1), return_loss=True)
@@ -319,25 +264,28 @@ def benchmark(args) -> dict:
     for i, length in enumerate(args.lengths):
         makers = models(args)
         if i:
-            makers.pop("titans-pytorch", None)
+            makers.pop(OTHERS, None)
         print(f"training at {length:,} tokens", file=sys.stderr)
         rows += train_rows(args, makers, length)
         if args.decode:
             print(f"decoding after {length:,} tokens", file=sys.stderr)
-            rows += decode_rows(args, {x: makers[x] for x in makers if decodes(x)}, length)
-    shape = {k: v for k, v in vars(args).items() if k not in ("json", "only")}
-    return {"shape": shape, "machine": machine(args), "rows": rows, "summary": summary(args, rows)}
-
-
-def decodes(name: str) -> bool:
-    return name == "llama" or name.startswith("pytitans")
+            decoding = {x: make for x, make in makers.items() if x not in SLOW_TO_DECODE}
+            rows += decode_rows(args, decoding, length)
+    return {
+        "shape": common.shape(args),
+        "machine": common.machine(args.device),
+        "rows": rows,
+        "summary": summary(rows),
+    }
 
 
 def train_rows(args, makers, length: int) -> list[dict]:
-    memory = {name: memory_of(name, length) for name in makers}
+    memory = {name: common.in_its_own_process(__file__, [name, str(length)]) for name in makers}
     fits = {name: makers[name]() for name in makers if memory[name] is not None}
     steps = {name: training_step(args, model, length) for name, model in fits.items()}
-    times = take_turns(args, {name: step for name, (_, step) in steps.items()})
+    times = common.take_turns(
+        {name: step for name, (_, step) in steps.items()}, args.rounds, args.device
+    )
     return [
         row("train", length, name, count(fits[name]), steps[name][0], times[name], memory[name])
         if name in fits
@@ -348,7 +296,9 @@ def train_rows(args, makers, length: int) -> list[dict]:
 
 def decode_rows(args, makers, length: int) -> list[dict]:
     decoders = {name: decoder(args, make(), length) for name, make in makers.items()}
-    times = take_turns(args, {name: d.step for name, d in decoders.items()})
+    times = common.take_turns(
+        {name: d.step for name, d in decoders.items()}, args.rounds, args.device
+    )
     return [
         row("decode", length, name, count(d.stream.model), d.tokens, times[name], d.cache_mb())
         for name, d in decoders.items()
@@ -364,98 +314,50 @@ def row(what, length, name, parameters, tokens, times, memory_mb) -> dict:
     }  # fmt: skip
 
 
-def take_turns(args, steps: dict[str, Callable[[], None]]) -> dict[str, list[float]]:
-    """Seconds of each step in each round, after one round that does not count."""
-    times = {name: [] for name in steps}
-    for _ in range(args.rounds + 1):
-        for name, step in steps.items():
-            gc.collect()
-            begin = time.perf_counter()
-            step()
-            if args.device == "cuda":
-                torch.cuda.synchronize()
-            times[name].append(time.perf_counter() - begin)
-    return {name: found[1:] for name, found in times.items()}
-
-
-def memory_of(name: str, length: int) -> float | None:
-    """`peak_memory` of one model in a process of its own; None if there is not enough."""
-    command = [sys.executable, __file__, *sys.argv[1:], "--only", name, str(length)]
-    run = subprocess.run(command, capture_output=True, text=True, check=False)
-    if run.returncode:
-        sys.exit(f"the memory of {name!r} at {length} tokens was not measured:\n{run.stderr}")
-    return json.loads(run.stdout.splitlines()[-1])
-
-
 def peak_memory(args, model: nn.Module, length: int) -> float | None:
     """MB a training step needs beyond the weights and what a short step leaves behind."""
     short = argparse.Namespace(**vars(args) | {"batch": 1, "lengths": [args.segment]})
     training_step(short, model, args.segment)[1]()
     _, step = training_step(args, model, length)
-    if args.device == "cuda":
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        try:
-            step()
-        except torch.cuda.OutOfMemoryError:
-            return None
-        return (torch.cuda.max_memory_allocated() - before) / 2**20
-    spare_the_machine()
-    before = status_mb("self/status", "VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
+    if args.device == "cpu":
+        spare_the_machine()
     try:
-        step()
+        return common.peak_mb(step, args.device)
+    except torch.cuda.OutOfMemoryError:
+        return None
     except RuntimeError as error:
         if any(x in str(error) for x in ("alloc", "could not create a primitive")):  # oneDNN's
             return None
         raise
-    return status_mb("self/status", "VmHWM") - before
 
 
 def spare_the_machine() -> None:
     """Lets this process have most of the free memory, so that it fails and nothing else does."""
     import resource
 
+    status_mb = common.status_mb
     limit = status_mb("self/status", "VmSize") + SPARE * status_mb("meminfo", "MemAvailable")
     resource.setrlimit(resource.RLIMIT_AS, (int(limit * 2**20), resource.RLIM_INFINITY))
-
-
-def status_mb(file: str, field: str) -> float:
-    lines = (Path("/proc") / file).read_text().splitlines()
-    return int(next(x for x in lines if x.startswith(field + ":")).split()[1]) / 1024
-
-
-def machine(args) -> dict:
-    cpus = Path("/proc/cpuinfo")
-    names = [
-        x for x in (cpus.read_text() if cpus.exists() else "").splitlines() if "model name" in x
-    ]
-    return {
-        "cpu": names[0].split(":")[1].strip() if names else platform.processor(),
-        "gpu": torch.cuda.get_device_name() if args.device == "cuda" else None,
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
-        "form": "kernel" if args.device == "cpu" and chunk_fused.kernel() else "plain",
-        "load": Path("/proc/loadavg").read_text().split()[0],
-    }
 
 
 # What it says
 
 
-def summary(args, rows: list[dict]) -> list[str]:
+def summary(rows: list[dict]) -> list[str]:
     """From which length on the first Titans model is faster than each peer."""
     said = []
-    for what, peer in (("train", "llama"), ("train", "mamba2"), ("decode", "llama")):
-        ours, theirs = (
-            {r["length"]: r["tokens_per_s"] for r in rows if keep(r, what, name)}
-            for name in (next(iter(models(args))), peer)
-        )
-        lead = {length: ours[length] / theirs[length] for length in ours if length in theirs}
-        if lead:
-            said.append(f"{what}s faster than {peer} {overtakes(lead)}")
+    names = list(dict.fromkeys(r["model"] for r in rows))
+    for what in ("train", "decode"):
+        for peer in names:
+            if peer.startswith("pytitans"):
+                continue
+            ours, theirs = (
+                {r["length"]: r["tokens_per_s"] for r in rows if keep(r, what, name)}
+                for name in (names[0], peer)
+            )
+            lead = {length: ours[length] / theirs[length] for length in ours if length in theirs}
+            if lead:
+                said.append(f"{what}s faster than {peer} {overtakes(lead)}")
     return said
 
 
@@ -480,14 +382,14 @@ def overtakes(lead: dict[int, float]) -> str:
     return f"from about {float(f'{about:.2g}'):,.0f} tokens on (interpolated)"
 
 
+def title_of(shape: dict) -> str:
+    return "{layers} layers of {width}, {heads} heads, segment {segment}, {dtype}".format(**shape)
+
+
 def show(report: dict) -> None:
-    shape, about = report["shape"], report["machine"]
     table = Table(
-        title="{layers} layers of {width}, {heads} heads, segment {segment}, {dtype}".format(
-            **shape
-        ),
-        caption=f"{about['gpu'] or about['cpu']}, {about['threads']} threads, "
-        f"torch {about['torch']}, load {about['load']}",
+        title=title_of(report["shape"]),
+        caption=common.caption(report["machine"]),
     )
     for i, head in enumerate(["", "", "parameters", "tokens/s", "pytitans is", "MB"]):
         table.add_column(head, justify="right" if i > 1 else "left")
@@ -505,7 +407,7 @@ def show(report: dict) -> None:
             title, r["model"], f"{r['parameters'] / 1e6:.2f}M", f"{r['tokens_per_s']:,.0f}",
             f"{ours / r['tokens_per_s']:.2f}x", f"{r['memory_mb']:,.1f}",
         )  # fmt: skip
-    console = Console(width=None if sys.stdout.isatty() else 120)
+    console = common.console()
     console.print(table)
     for line in report["summary"]:
         console.print(line)

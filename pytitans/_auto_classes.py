@@ -10,14 +10,17 @@ from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
 from importlib.util import find_spec
 
-AFTER = {  # transformers' module: ours that registers itself with it
-    "transformers.models.auto.configuration_auto": "pytitans.models.configuration_titans",
-    "transformers.models.auto.modeling_auto": "pytitans.models.modeling_titans",
+AUTO = "transformers.models.auto."
+AFTER = {  # ours that registers itself: transformers' modules, after the first of which it does so
+    "pytitans.models.configuration_titans": [AUTO + "configuration_auto"],
+    # modeling_layers imports modeling_auto before it has what ours needs of it
+    "pytitans.models.modeling_titans": [AUTO + "modeling_auto", "transformers.modeling_layers"],
 }
 
 
 class _ThenOurs(Loader):
-    """Runs the real loader of one of transformers' modules, then imports ours."""
+    """Runs the real loader of one of transformers' modules, then imports ours, unless another that
+    ours waits for is under way: then at the end of that."""
 
     def __init__(self, real: Loader, ours: str):
         self.real, self.ours = real, ours
@@ -27,7 +30,9 @@ class _ThenOurs(Loader):
 
     def exec_module(self, module):
         self.real.exec_module(module)
-        import_module(self.ours)
+        _finished.add(module.__name__)
+        if all(name in _finished for name in AFTER[self.ours] if name in sys.modules):
+            import_module(self.ours)
 
 
 class _Watch(MetaPathFinder):
@@ -44,10 +49,15 @@ class _Watch(MetaPathFinder):
         return spec
 
 
+_finished: set[str] = set()
+
+
 def register_when_imported() -> None:
     """See the module's docstring."""
-    for theirs, ours in AFTER.items():
-        if theirs in sys.modules:
+    for ours, after in AFTER.items():
+        _finished.update(name for name in after if name in sys.modules)
+        for theirs in after:
+            if theirs not in sys.modules:
+                sys.meta_path.insert(0, _Watch(theirs, ours))
+        if after[0] in sys.modules:
             import_module(ours)
-        else:
-            sys.meta_path.insert(0, _Watch(theirs, ours))

@@ -1,35 +1,24 @@
 """The benchmark of the operator: every contestant in both dtypes, and none that is wrong."""
 
 import json
-from importlib.util import module_from_spec, spec_from_file_location
-from pathlib import Path
 from unittest.mock import patch
 
 import pytest
 import torch
 
+from benchmarks import operator as benchmark
 from pytitans.ops import neural_memory
 
-SCRIPT = Path(__file__).parents[1] / "benchmarks" / "operator.py"
 TINY = ["--batch=1", "--tokens=24", "--heads=2", "--head-dim=8", "--hidden=16", "--chunk=8"]
 TINY += ["--rounds=1", "--no-long"]
 
 
-@pytest.fixture(scope="module")
-def benchmark():
-    spec = spec_from_file_location("benchmark_operator", SCRIPT)
-    assert spec is not None and spec.loader is not None
-    module = module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_a_right_operator_is_measured(benchmark):
+def test_a_right_operator_is_measured():
     assert benchmark.differences(benchmark.arguments(TINY)) == ""
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_an_operator_wrong_in_one_dtype_is_not_measured(benchmark, dtype):
+def test_an_operator_wrong_in_one_dtype_is_not_measured(dtype):
     def forgets(q, k, v, lr, log_momentum, log_decay, state, **options):
         log_decay = log_decay - 0.1 if v.dtype == dtype else log_decay
         return neural_memory(q, k, v, lr, log_momentum, log_decay, state, **options)
@@ -43,10 +32,10 @@ def test_an_operator_wrong_in_one_dtype_is_not_measured(benchmark, dtype):
 
 
 @pytest.mark.filterwarnings("ignore")  # titans-pytorch's, where it is installed
-def test_ratios_are_within_a_dtype(benchmark, tmp_path, capsys):
+def test_ratios_are_within_a_dtype(tmp_path, capsys):
     path = tmp_path / "a" / "b.json"
     with (
-        patch.object(benchmark, "memory_of", lambda name: 1.0),
+        patch.object(benchmark.common, "in_its_own_process", lambda file, only: 1.0),
         patch.object(benchmark, "SHORT", 8),
     ):
         benchmark.main([*TINY, f"--json={path}"])
@@ -62,7 +51,7 @@ def test_ratios_are_within_a_dtype(benchmark, tmp_path, capsys):
     assert all(name in printed for name in rows)
 
 
-def test_the_fastest_dtype_of_each_is_compared(benchmark):
+def test_the_fastest_dtype_of_each_is_compared():
     rates = {"pytitans, float32": 10, "pytitans, bfloat16": 20}
     rates |= {"titans-pytorch default, float32": 5, "titans-pytorch default, bfloat16": 4}
     rows = {n: {"forward_tokens_per_s": x, "step_tokens_per_s": x} for n, x in rates.items()}

@@ -3,29 +3,18 @@
 import json
 import subprocess
 import sys
-from importlib.util import module_from_spec, spec_from_file_location
-from pathlib import Path
 from unittest.mock import patch
 
 import pytest
 
+from benchmarks import streaming
 from pytitans.ops import MemoryState, neural_memory
 
-SCRIPT = Path(__file__).parents[1] / "benchmarks" / "streaming.py"
 TINY = ["--width=16", "--heads=2", "--layers=1", "--segment=64", "--chunk=16", "--rounds=1"]
 
 
-@pytest.fixture(scope="module")
-def streaming():
-    spec = spec_from_file_location("benchmark_streaming", SCRIPT)
-    assert spec is not None and spec.loader is not None
-    module = module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.mark.parametrize("variant", ["mac", "mag", "mal", "lmm"])
-def test_a_right_model_is_measured_and_a_wrong_one_is_not(streaming, variant):
+def test_a_right_model_is_measured_and_a_wrong_one_is_not(variant):
     args = streaming.arguments([f"--variant={variant}"])
     assert streaming.differences(args) == ""
 
@@ -39,7 +28,7 @@ def test_a_right_model_is_measured_and_a_wrong_one_is_not(streaming, variant):
 
 def test_the_command_reports(tmp_path):
     options = ["--tokens=5000", "--early=4000", "--contexts", "16", "40", "--llama", "16"]
-    command = [sys.executable, SCRIPT, *TINY, *options, "--decode=4", "--json=a/b.json"]
+    command = [sys.executable, streaming.__file__, *TINY, *options, "--decode=4", "--json=a/b.json"]
     run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
     assert "memory at 5,000 tokens against 4,000" in run.stdout

@@ -35,6 +35,14 @@ def test_auto_classes_know_titans_in_either_order_of_import(first, tmp_path):
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+@pytest.mark.parametrize("name", ["LlamaForCausalLM", "Trainer", "GenerationMixin", "pipeline"])
+def test_what_transformers_imports_first_does_not_matter(name):
+    """A model's module begins with modeling_layers, which imports the Auto classes halfway."""
+    code = f"import pytitans; from transformers import {name}; from transformers import AutoModel; "
+    code += "AutoModel.from_config(pytitans.TitansConfig(hidden_size=16, num_attention_heads=2))"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_importing_costs_no_transformers_import():
     code = "import sys, pytitans; assert not {'torch', 'transformers'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
