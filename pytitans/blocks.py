@@ -185,7 +185,8 @@ class MAC(Block):
         return x + self.gate(y, m), now._replace(tail=tail)
 
     def pieces(self, position: int | Tensor, T: int, lengths: Tensor | None) -> list[int]:
-        """How many tokens at a time, so that no row crosses the end of its segment in a piece."""
+        """How many tokens at a time, so that no row crosses the end of its segment in a piece; one
+        piece of none if there are none."""
         sizes, left = [], lengths
         while T:
             room = self.segment_len - position
@@ -195,7 +196,7 @@ class MAC(Block):
             )
             sizes.append(size)
             T, left = T - size, None if left is None else left - size
-        return sizes
+        return sizes or [0]
 
     def read_piece(self, tokens, heads, persistent, state: MACState, real, masks: dict):
         """Part of one segment: recall, attend, write. Returns what attention and the memory say."""

@@ -47,6 +47,14 @@ def test_every_way_of_choosing_equals_recomputing(model, ids, way):
 
 
 @pytest.mark.parametrize("way", ["greedy", "sampling", "beams"])
+def test_a_prompt_of_vectors_is_answered_like_its_tokens(model, ids, way):
+    vectors = model.get_input_embeddings()(ids[:, :9])
+    set_seed(0)
+    got = model.generate(inputs_embeds=vectors, **WAYS[way])
+    assert torch.equal(got, generate(model, ids[:, :9], **WAYS[way])[:, 9:])
+
+
+@pytest.mark.parametrize("way", ["greedy", "sampling", "beams"])
 def test_left_padded_batch_generates_what_each_row_would(model, ids, way):
     lengths, options = [20, 13, 3], {**WAYS[way], "pad_token_id": 0}
     mask = torch.stack([(torch.arange(20) >= 20 - n).long() for n in lengths])

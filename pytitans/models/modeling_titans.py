@@ -290,10 +290,11 @@ class TitansForCausalLM(TitansPreTrainedModel, GenerationMixin):
         )
 
     def prepare_inputs_for_generation(  # type: ignore - by name, what the parent takes by place
-        self, input_ids, next_sequence_length: int | None = None, **kwargs
+        self, input_ids, next_sequence_length: int | None = None, inputs_embeds=None, **kwargs
     ):
-        """As transformers does. `generate` takes input_ids to begin with what the cache has read;
-        where they are shorter than that it would drop some of them."""
+        """As transformers does, which looks for inputs_embeds, a prompt of vectors, by this name.
+        `generate` takes input_ids to begin with what the cache has read; where they are shorter
+        than that it would drop some of them."""
         if next_sequence_length is not None and next_sequence_length < 1:
             seen = kwargs[CACHE].get_seq_length()
             raise ValueError(
@@ -301,7 +302,12 @@ class TitansForCausalLM(TitansPreTrainedModel, GenerationMixin):
                 "they are new, generate with cache=cache.as_start()"
             )
         prepare = super().prepare_inputs_for_generation  # type: ignore - its protocol of self
-        return prepare(input_ids, next_sequence_length=next_sequence_length, **kwargs)
+        return prepare(
+            input_ids,
+            next_sequence_length=next_sequence_length,
+            inputs_embeds=inputs_embeds,
+            **kwargs,
+        )
 
     def many_logits(self, labels: Tensor) -> bool:
         return labels.numel() * self.vocab_size > MANY_LOGITS and hasattr(F, "linear_cross_entropy")
