@@ -106,6 +106,8 @@ class NeuralMemory(nn.Module):
             memory is stable up to 2: with chunks of one token that turns what was stored around
             (the paper's theta of 1). Gradients of deep ones exploded with 2 for each layer
             (docs/log.md).
+        forget_start: what the first and the last head forget at a token before training; those
+            between lie evenly in the gate's logit. 0 to below 1.
         objective, online: see `pytitans.ops.neural_memory`.
     """
 
@@ -124,6 +126,7 @@ class NeuralMemory(nn.Module):
         decay: bool = True,
         conv_size: int = 4,
         max_step: float = 2.0,
+        forget_start: tuple[float, float] = FORGET_START,
         objective: str = "l2",
         online: bool = False,
     ):
@@ -136,11 +139,14 @@ class NeuralMemory(nn.Module):
             raise ValueError(f"depth={depth} layers is no memory: use 1 to 4")
         if chunk_size < 1:
             raise ValueError(f"chunk_size={chunk_size} is not a number of tokens: use 1 or more")
+        if not all(0 <= rate < 1 for rate in forget_start):
+            raise ValueError(f"forget_start={forget_start} is not what heads forget: 0 to below 1")
         if max_step <= 1:
             raise ValueError(f"max_step={max_step} lets no chunk store a value: use 2, above 1")
         self.dim, self.num_heads, self.head_dim = dim, num_heads, dim // num_heads
         self.per_head, self.chunk_size, self.depth = per_head, chunk_size, depth
         self.max_step, self.largest_step = max_step, max_step / (chunk_size * depth)
+        self.forget_start = forget_start
         self.options = {"activation": activation, "objective": objective, "online": online}
         # of the size of M_0's answers: however small forgetting makes them, LayerNorm then cannot
         # enlarge a step without bound, and a memory that knows nothing answers nothing
@@ -177,7 +183,7 @@ class NeuralMemory(nn.Module):
             nn.init.zeros_(bias)
         nn.init.zeros_(self.to_gates.weight)
         heads, depth = self.num_heads, self.depth
-        fast, slow = (closing_logit(rate, FORGET_FLOOR) for rate in FORGET_START)
+        fast, slow = (closing_logit(rate, FORGET_FLOOR) for rate in self.forget_start)
         # features outlive what was learned with them
         kept = [closing_logit(0.0, FORGET_FLOOR)] * (depth - 1)
         spread = [fast + (slow - fast) * i / max(1, heads - 1) for i in range(heads)]

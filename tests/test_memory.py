@@ -184,6 +184,7 @@ def test_gates_are_float32_under_autocast():
         ({"dim": 30, "heads": 4}, "dim=30"),
         ({"depth": 0}, "depth=0"),
         ({"max_step": 1.0}, "max_step=1.0"),
+        ({"forget_start": (1.0, 1e-3)}, "forget_start=.1.0"),
         ({"chunk_size": 0}, "chunk_size=0"),
     ],
 )

@@ -18,11 +18,14 @@ from pytitans.attention import SegmentAttention, WindowAttention
 from pytitans.blocks import LMM, MAC, MAG, MAL, Block
 from pytitans.cache import TitansCache
 from pytitans.layers import RMSNorm, ShortConv, SwiGLU
-from pytitans.memory import NeuralMemory
+from pytitans.memory import FORGET_START, NeuralMemory
 from pytitans.mixers import MIXERS, Mixer
 from pytitans.models.configuration_titans import TitansConfig
 from pytitans.models.outputs import CACHE, TitansCausalLMOutput, TitansOutput, one_cache
 from pytitans.models.packing import find_documents, run_packed
+
+# MAC asks its memory of earlier segments, attention has this one: horizons of 100 to 3000 tokens
+FORGET_ACROSS_SEGMENTS = (1e-2, 3e-4)
 
 
 def build_memory(config: TitansConfig, layer: int) -> Any:
@@ -44,6 +47,7 @@ def build_memory(config: TitansConfig, layer: int) -> Any:
         decay=config.memory_decay,
         conv_size=config.conv_size,
         max_step=config.memory_max_step,
+        forget_start=FORGET_ACROSS_SEGMENTS if config.variant == "mac" else FORGET_START,
     )
 
 

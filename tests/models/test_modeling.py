@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from tiny import VARIANTS, tiny_config, tiny_model
+from tiny import VARIANTS, gates_of, tiny_config, tiny_model
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from pytitans.models import TitansConfig, TitansForCausalLM, TitansModel
@@ -233,3 +233,16 @@ def test_what_an_untrained_mac_writes_tells_tokens_apart(monkeypatch):
     x = torch.nn.functional.normalize(read[0][0, 32:], dim=-1)
     cosines = x @ x.mT
     assert cosines[~torch.eye(32, dtype=torch.bool)].mean() < 0.1
+
+
+def test_an_untrained_macs_heads_keep_what_earlier_segments_said():
+    """Attention has the segment itself. Heads that forget within three tokens, as they may where
+    the memory stands alone, know nothing of the segment before; recall was not learned with them
+    (docs/log.md)."""
+    kept = {}
+    for variant in ("mac", "lmm"):
+        memory = TitansModel(tiny_config(variant, segment_len=64)).layers[0].block.memory
+        log_decay = gates_of(memory, torch.zeros(1, 1, 16))[2][0, 0, :, -1]  # of the last layer
+        kept[variant] = (64 * log_decay).exp()
+    assert kept["mac"].min() > 0.5
+    assert kept["lmm"].min() < 1e-6
