@@ -24,7 +24,7 @@ from pytitans.models.configuration_titans import TitansConfig
 from pytitans.models.outputs import CACHE, TitansCausalLMOutput, TitansOutput, one_cache
 from pytitans.models.packing import find_documents, run_packed
 
-# MAC asks its memory of earlier segments, attention has this one: horizons of 100 to 3000 tokens
+# MAC asks its memory of earlier segments, attention has this one: horizons of 100 to 3,300 tokens
 FORGET_ACROSS_SEGMENTS = (1e-2, 3e-4)
 
 
