@@ -348,7 +348,7 @@ def find_checkpoint(args: TrainingArguments, resume: bool) -> str | None:
         )
     if not resume and last is not None:
         raise ValueError(
-            f"{folder!r} holds a run already: choose another --output, continue it by "
+            f"{folder!r} holds a run already: choose another --train.output_dir, continue it by "
             f"--resume {folder}, or delete it"
         )
     return last

@@ -156,7 +156,7 @@ def test_a_folder_that_holds_a_run_is_not_overwritten(tmp_path):
         find_checkpoint(args, resume=True)
     (tmp_path / "checkpoint-3").mkdir()
     (tmp_path / "checkpoint-3" / "trainer_state.json").touch()
-    with pytest.raises(ValueError, match="holds a run already: choose another"):
+    with pytest.raises(ValueError, match=r"holds a run .*another --train\.output_dir, continue"):
         find_checkpoint(args, resume=False)
 
 

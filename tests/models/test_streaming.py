@@ -7,7 +7,9 @@ import torch
 from tiny import stream, tiny_model
 
 
-@pytest.mark.parametrize("cuts", [[1] * 37, [5, 8, 1, 13, 10], [8, 8, 21], [0, 8, 0, 29, 0]])
+@pytest.mark.parametrize(
+    "cuts", [[1] * 37, [5, 8, 1, 13, 10], [8, 8, 21], [36, 1], [0, 8, 0, 29, 0]]
+)
 def test_streaming_equals_one_call(model, ids, cuts):
     want, end = stream(model, ids, [37])
     got, cache = stream(model, ids, cuts)
